@@ -1,0 +1,173 @@
+"""From a configuration to a data set: DataConfig and build_dataset."""
+
+import hashlib
+import inspect
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data import bdd100k, camvid, cityscapes
+from data.dataset import FileData, SegmentationData, Settings, count_classes
+from data.labels import CAMVID, CITYSCAPES, camvid_table, label_id_table, train_id_table
+from data.transforms import Size
+from errors import ConfigurationError
+
+Split = Literal["train", "val", "test"]
+
+STREETS_SIZE = (128, 256)
+STREETS_FIRST = {"train": 0, "val": 10_000_000, "test": 20_000_000}  # so that no scene is in two splits
+
+
+@dataclass
+class DataConfig:
+    """Which images, and how training samples are made of them."""
+
+    name: Literal["streets", "camvid", "cityscapes", "bdd100k"] = "streets"
+    """The data set; streets is drawn by the program and needs no files."""
+    root: str = ""
+    """Folder of the data set; camvid takes the environment variable CAMVID_ROOT if this is empty."""
+    size: list[int] | None = None
+    """[height, width] that images are resized to before all else (streets: drawn at, 128x256 if null); labels stay
+    at their own size in evaluation."""
+    crop: list[int] | None = None
+    """[height, width] of the training crop, padded where the scaled image is smaller; null is the whole image."""
+    augment: bool = True
+    """Whether training samples are scaled, cropped at random, flipped, jittered and blurred."""
+    scale: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    """Smallest and largest factor of the random resize before the crop, drawn uniformly."""
+    flip: float = 0.5
+    """Probability of mirroring left and right."""
+    jitter: float = 0.3
+    """Strength of the random brightness, contrast and saturation, 0 for none."""
+    blur: float = 0.1
+    """Probability of a slight Gaussian blur."""
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    """Mean of red, green and blue in 0..1 that is subtracted (the default is ImageNet's)."""
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    """Standard deviation of red, green and blue in 0..1 that is divided by (the default is ImageNet's)."""
+    workers: int = 0
+    """Loader processes per training process; 0 loads in the training process itself."""
+    sampling: Literal["uniform", "rare_class"] = "uniform"
+    """Order of the training images: each once an epoch, or drawn by the rarity of the classes that they show."""
+    rare_class_temperature: float = 0.01
+    """Temperature of rare_class: the smaller, the more often the rarest classes (0.01 in DAFormer)."""
+    scenes: int = 400
+    """streets: number of training scenes; val and test have a quarter as many each."""
+    streets_seed: int = 0
+    """streets: seed of the scenes, apart from the training's seed."""
+
+    def __post_init__(self) -> None:
+        for key in ("size", "crop"):
+            value = getattr(self, key)
+            if value is not None and (len(value) != 2 or min(value) < 1):
+                _fail(key, value, "give [height, width] in pixels")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            _fail("scale", self.scale, "give [smallest, largest] factor, both above 0")
+        for key in ("flip", "blur"):
+            if not 0 <= getattr(self, key) <= 1:
+                _fail(key, getattr(self, key), "give a probability from 0 to 1")
+        if not 0 <= self.jitter <= 1:
+            _fail("jitter", self.jitter, "give a strength from 0 to 1")
+        if len(self.mean) != 3:
+            _fail("mean", self.mean, "give three numbers, for red, green and blue")
+        if len(self.std) != 3 or min(self.std) <= 0:
+            _fail("std", self.std, "give three numbers above 0, for red, green and blue")
+        if not self.rare_class_temperature > 0:
+            _fail("rare_class_temperature", self.rare_class_temperature, "give a number above 0")
+        for key, least in (("workers", 0), ("scenes", 4), ("streets_seed", 0)):
+            if getattr(self, key) < least:
+                _fail(key, getattr(self, key), f"give a whole number of at least {least}")
+
+
+def _fail(key: str, value: object, advice: str) -> None:
+    raise ConfigurationError(f"data.{key}: {value} is not possible; {advice}")
+
+
+def build_dataset(config: DataConfig, split: Split) -> SegmentationData:
+    """One split, checked: names, headers, ends and sizes of all files and values of all labels.
+
+    Raises ConfigurationError with one line naming the key, folder or file that is wrong.
+    """
+    settings = Settings(
+        size=_size(config.size),
+        crop=_size(config.crop),
+        augment=config.augment,
+        scale=(config.scale[0], config.scale[1]),
+        flip=config.flip,
+        jitter=config.jitter,
+        blur=config.blur,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        sampling=config.sampling,
+        rare_class_temperature=config.rare_class_temperature,
+    )
+    if split not in STREETS_FIRST:
+        raise ConfigurationError(f"split: {split!r} is unknown; choose train, val or test")
+    if config.name == "streets":
+        return StreetsData(config, split, settings)
+    root = _root(config)
+    if config.name == "camvid":
+        return FileData(split, CAMVID, camvid.find_pairs(root, split), camvid_table(), settings, root)
+    if config.name == "cityscapes":
+        pairs, label_ids = cityscapes.find_pairs(root, split)
+        table = label_id_table() if label_ids else train_id_table(len(CITYSCAPES))
+        return FileData(split, CITYSCAPES, pairs, table, settings, root)
+    pairs = bdd100k.find_pairs(root, split)
+    return FileData(split, CITYSCAPES, pairs, train_id_table(len(CITYSCAPES)), settings, root)
+
+
+def _size(value: list[int] | None) -> Size | None:
+    return None if value is None else (value[0], value[1])
+
+
+def _root(config: DataConfig) -> Path:
+    root = config.root
+    if not root and config.name == "camvid":
+        root = os.environ.get("CAMVID_ROOT", "")
+        if not root:
+            raise ConfigurationError("data.root: is empty and CAMVID_ROOT is not set; give the folder of CamVid")
+    if not root:
+        raise ConfigurationError(f"data.root: is empty; give the folder of {config.name}")
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise ConfigurationError(f"data.root: there is no folder {root}; give the folder of {config.name}")
+    return path
+
+
+class StreetsData(SegmentationData):
+    """The drawn scenes. A scene is a function of (streets_seed, index, size); it is drawn when first asked for
+    and kept in memory, up to 1 GB."""
+
+    def __init__(self, config: DataConfig, split: Split, settings: Settings) -> None:
+        from data import streets  # the drawing alone; a reader of files does without
+
+        number = config.scenes if split == "train" else max(1, config.scenes // 4)
+        super().__init__(split, CITYSCAPES, [f"{split}_{i:06d}" for i in range(number)], settings)
+        self.size = settings.size or STREETS_SIZE
+        self.seed = config.streets_seed
+        self.first = STREETS_FIRST[split]
+        self._streets = streets
+        self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._room = 2**30 // (4 * self.size[0] * self.size[1])
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index in self._kept:
+            return self._kept[index]
+        pair = self._streets.draw_scene(self.first + index, seed=self.seed, size=self.size)
+        if len(self._kept) < self._room:
+            self._kept[index] = pair
+        return pair
+
+    def manifest_hash(self) -> str:
+        drawing = inspect.getsource(self._streets)  # so that another drawing is another data set
+        what = f"streets {self.split} {len(self)} {self.seed} {self.size}\n{drawing}"
+        return hashlib.sha256(what.encode()).hexdigest()
+
+    def _count_key(self) -> str:
+        return self.manifest_hash()
+
+    def _count_one(self, index: int) -> np.ndarray:
+        return count_classes(self.read(index)[1], len(self.labels))

@@ -1,0 +1,346 @@
+"""The data set that every reader becomes: samples, label counts, class weights and loaders."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from data import statistics, transforms
+from data.files import Pair, bad_values_error, check_pairs, map_threads, read_image, read_label, read_label_values
+from data.labels import IGNORE_INDEX, INVALID, Labels
+from data.sampling import Key, Order, StepSampler, rare_class_order, uniform_order
+from data.transforms import Size
+from errors import ConfigurationError, MachineError
+
+
+class Batch(NamedTuple):
+    """What a loader yields; without the first dimension, one sample."""
+
+    images: Tensor
+    """[B, 3, H, W] float32, normalised."""
+    labels: Tensor
+    """[B, H, W] int64 trainIds, 255 where there is none."""
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
+    """[B] int64, the image's index in the data set."""
+    position: Tensor
+    """[B] int64, its position in the epoch's global order."""
+    geometry: Tensor
+    """[B, 7] int64: source height and width, scaled height and width, top, left, flip; see data/transforms.py."""
+
+
+class Settings(NamedTuple):
+    """How samples are made of images; the fields are those of DataConfig."""
+
+    size: Size | None = None
+    crop: Size | None = None
+    augment: bool = True
+    scale: tuple[float, float] = (0.5, 2.0)
+    flip: float = 0.5
+    jitter: float = 0.3
+    blur: float = 0.1
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    sampling: str = "uniform"
+    rare_class_temperature: float = 0.01
+
+
+EVALUATION = -1  # as a key's epoch: the whole image, no augmentation, the label at its own size
+
+
+class SegmentationData(Dataset[Batch], ABC):
+    """Images with labels of one split. A reader gives `read`, `manifest_hash` and `_count_key`."""
+
+    def __init__(self, split: str, labels: Labels, names: list[str], settings: Settings) -> None:
+        self.split = split
+        self.labels = labels
+        self.names = names
+        self.settings = settings
+        self._plain_table = transforms.colour_table(settings.mean, settings.std, transforms.Appearance())
+        self._counts: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 [H, W, 3] RGB and label uint8 [H, W] trainIds, as they are on disk.
+
+        Raises ConfigurationError naming the file for everything that can be wrong with it.
+        """
+
+    @abstractmethod
+    def manifest_hash(self) -> str:
+        """SHA-256 in hex over the names and sizes of the files, to notice another data set."""
+
+    @abstractmethod
+    def _count_key(self) -> str:
+        """A hash of everything that the label counts depend on."""
+
+    def _count_one(self, index: int) -> np.ndarray:
+        return count_classes(self.read(index)[1], len(self.labels))
+
+    # samples
+
+    def __getitem__(self, key: Key) -> Batch:
+        """The sample of (epoch, position, index), with the augmentation of seed 0."""
+        return self.sample(key, seed=0)
+
+    def sample(self, key: Key, *, seed: int) -> Batch:
+        """One unbatched sample; its augmentation is a function of (seed, epoch, position).
+
+        An epoch of -1 asks for the image as in evaluation: whole, resized to `size` if that is set, not
+        augmented, with its label at label size.
+        """
+        epoch, position, index = key
+        settings = self.settings
+        image, label = self.read(index)
+        if settings.size is not None:
+            image = transforms.resize_image(image, settings.size)
+        source: Size = image.shape[0], image.shape[1]
+        appearance, table = transforms.Appearance(), self._plain_table
+        if epoch == EVALUATION:
+            crop = source
+            geometry = transforms.central(source, crop)
+        else:
+            label = transforms.resize_label(label, source)
+            crop = settings.crop or source
+            if settings.augment:
+                geometry, appearance = transforms.draw(
+                    np.random.default_rng([seed, epoch, position]),
+                    source,
+                    crop,
+                    scale=settings.scale,
+                    flip=settings.flip,
+                    jitter=settings.jitter,
+                    blur=settings.blur,
+                )
+                if settings.jitter > 0:
+                    table = transforms.colour_table(settings.mean, settings.std, appearance)
+            else:
+                geometry = transforms.central(source, crop)
+            label = transforms.crop_label(label, geometry, crop)
+        part = transforms.crop_image(image, geometry, crop)
+        return Batch(
+            images=torch.from_numpy(transforms.finish_image(part, crop, geometry.flip, table, appearance)),
+            labels=torch.from_numpy(label.astype(np.int64)),
+            index=torch.tensor(index),
+            position=torch.tensor(position),
+            geometry=torch.tensor(geometry, dtype=torch.int64),
+        )
+
+    # statistics
+
+    def label_counts(self) -> np.ndarray:
+        """int64 [N, C+1]: pixels per image and class, in the last column those without a class.
+
+        Counted once from every label (which also checks every value), then kept on disk under a hash of the
+        label files' bytes. Raises ConfigurationError naming the first bad file.
+        """
+        if self._counts is None:
+            shape = (len(self), len(self.labels) + 1)
+            key = self._count_key()
+            self._counts = statistics.load_counts(key, shape)
+            if self._counts is None:
+                rows = map_threads(self._count_one, range(len(self)))
+                self._counts = statistics.gather_counts(rows, len(self), self.split)
+                statistics.store_counts(key, self._counts)
+        return self._counts
+
+    def class_weights(self, scheme: statistics.Scheme) -> Tensor:
+        """float32 [C]; the formulas stand in data/statistics.py."""
+        return torch.from_numpy(statistics.class_weights(self.label_counts(), scheme))
+
+    # loaders
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """How many whole batches an epoch has, at least one."""
+        return max(1, len(self) // batch_size)
+
+    def _order(self, batch_size: int, seed: int) -> Order:
+        positions = self.steps_per_epoch(batch_size) * batch_size
+        if self.settings.sampling == "rare_class":
+            counts, temperature = self.label_counts(), self.settings.rare_class_temperature
+            return lambda epoch: rare_class_order(
+                counts, positions, temperature=temperature, seed=seed, epoch=epoch
+            )
+        return lambda epoch: uniform_order(len(self), positions, seed=seed, epoch=epoch)
+
+    def train_loader(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        start_step: int,
+        steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> "Loader":
+        """One stream of augmented micro-batches from step `start_step` up to `steps`, over all epochs.
+
+        `batch_size` is over all processes and accumulated parts; the loader yields this rank's `accumulate`
+        micro-batches a step. Neither the number of workers nor the starting step changes what a step gets.
+        Where the split is smaller than a batch, its order repeats until the batch is full.
+        """
+        if batch_size < 1 or batch_size % (world_size * accumulate):
+            raise ConfigurationError(
+                f"train.batch_size: {batch_size} is not a multiple of {world_size} processes times {accumulate} "
+                "accumulated parts; choose one that is"
+            )
+        if not 0 <= seed < 2**32:
+            raise ConfigurationError(f"seed: {seed} is outside 0..4294967295; choose one inside")
+        sampler = StepSampler(
+            self._order(batch_size, seed),
+            steps_per_epoch=self.steps_per_epoch(batch_size),
+            batch_size=batch_size,
+            start=start_step,
+            stop=steps,
+            rank=rank,
+            world_size=world_size,
+            accumulate=accumulate,
+        )
+        return _loader(self, seed, sampler, workers, pin_memory)
+
+    def eval_loader(self, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> "Loader":
+        """The images of this rank, one a batch and in order: rank, rank + world_size, … without padding.
+
+        Whole images, not augmented, with their labels at label size.
+        """
+        keys = [[(EVALUATION, index, index)] for index in range(rank, len(self), world_size)]
+        return _loader(self, 0, keys, workers, False)
+
+
+class FileData(SegmentationData):
+    """A split of image and label files. The constructor checks every file as far as that goes without decoding
+    the images: their ends, headers and sizes, and every value of every label (kept on disk, see label_counts).
+    """
+
+    def __init__(
+        self, split: str, labels: Labels, pairs: Sequence[Pair], table: np.ndarray, settings: Settings, root: Path
+    ) -> None:
+        if not pairs:
+            raise ConfigurationError(f"{root}: the split {split!r} has no images; check data.root")
+        super().__init__(split, labels, [pair.name for pair in pairs], settings)
+        self.pairs = list(pairs)
+        self.table = table
+        self.root = root
+        self._facts = check_pairs(self.pairs)
+        if settings.crop is None and settings.size is None and settings.augment and split == "train":
+            self._need_one_size()
+        if not self.label_counts()[:, :-1].any():
+            withheld = "; the labels of test are withheld, use val" if split == "test" else "; check the labels"
+            raise ConfigurationError(f"{root}: no pixel of the split {split!r} has a class{withheld}")
+
+    def _need_one_size(self) -> None:
+        different = np.flatnonzero((self._facts[:, :2] != self._facts[0, :2]).any(1))
+        if len(different):
+            path = self.pairs[different[0]].image
+            raise ConfigurationError(
+                f"{path}: is of another size than {self.pairs[0].image}; set data.crop or data.size to batch them"
+            )
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        pair = self.pairs[index]
+        image = read_image(pair.image)
+        label = read_label(pair.label, self.table)
+        height, width = self._facts[index, :2]
+        for path, found in ((pair.image, image), (pair.label, label)):
+            if found.shape[:2] != (height, width):
+                raise ConfigurationError(
+                    f"{path}: is {found.shape[1]}x{found.shape[0]} but was {width}x{height} when the data set was "
+                    "opened; leave the files alone during a run"
+                )
+        return image, label
+
+    def manifest_hash(self) -> str:
+        digest = hashlib.sha256(f"{self.split} {len(self)}\n".encode())
+        for name, facts in zip(self.names, self._facts.tolist(), strict=True):
+            digest.update(f"{name} {facts}\n".encode())
+        return digest.hexdigest()
+
+    def _count_key(self) -> str:
+        digest = hashlib.sha256(b"label counts 1\n" + self.table.tobytes())
+        for one in map_threads(lambda pair: hashlib.sha256(pair.label.read_bytes()).digest(), self.pairs):
+            digest.update(one)
+        return digest.hexdigest()
+
+    def _count_one(self, index: int) -> np.ndarray:
+        path = self.pairs[index].label
+        values = np.bincount(read_label_values(path).ravel(), minlength=256)
+        bad = np.flatnonzero((values > 0) & (self.table == INVALID))
+        if len(bad):
+            raise bad_values_error(path, bad.tolist(), self.table)
+        by_train_id = np.bincount(self.table, weights=values, minlength=256).astype(np.int64)
+        return np.append(by_train_id[: len(self.labels)], by_train_id[IGNORE_INDEX])
+
+
+def count_classes(label: np.ndarray, classes: int) -> np.ndarray:
+    """int64 [classes+1] of a label of trainIds: pixels per class, and in the last place those of IGNORE_INDEX."""
+    values = np.bincount(label.ravel(), minlength=256)
+    return np.append(values[:classes], values[IGNORE_INDEX])
+
+
+class _Guarded(Dataset[Any]):
+    """A data set with its seed, as the loader sees it: an error of the user's files is handed over as a value,
+    for an exception raised in a worker arrives with the worker's traceback as its text."""
+
+    def __init__(self, data: SegmentationData, seed: int) -> None:
+        self.data, self.seed = data, seed
+
+    def __getitem__(self, key: Key) -> Batch | str:
+        try:
+            return self.data.sample(key, seed=self.seed)
+        except ConfigurationError as error:
+            return str(error)
+
+
+def _collate(samples: list[Any]) -> Any:
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    return default_collate(samples)
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # one thread a worker: the workers are the parallelism
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader whose errors are those of errors.py, in one line, whatever the number of workers."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            try:
+                batch: Any = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if str(error).startswith("DataLoader worker (pid"):  # so torch says that one was killed
+                    line = str(error).splitlines()[0]
+                    raise MachineError(f"data.workers: {line}; out of memory? try fewer workers") from error
+                raise
+            if isinstance(batch, str):
+                raise ConfigurationError(batch)
+            yield batch
+
+
+def _loader(data: SegmentationData, seed: int, sampler: Any, workers: int, pin_memory: bool) -> Loader:
+    return Loader(
+        _Guarded(data, seed),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(seed),  # or it would draw from, and so change, torch's own state
+    )
