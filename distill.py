@@ -1,0 +1,83 @@
+"""Distil a teacher into a student.
+
+one CPU or GPU   python distill.py runs/teacher configs/camvid_cpu_distill.yaml
+eight GPUs       accelerate launch --config_file configs/accelerate/eight_gpus.yaml distill.py runs/teacher …
+go on            python distill.py runs/distilled/config.yaml resume=true
+"""
+
+from dataclasses import dataclass, field
+
+from data import DataConfig, build_dataset
+from engine.config import run_script
+from engine.loop import TrainConfig, best_folder, evaluate, fit, summarise
+from engine.run import Run, start_run
+from engine.teachers import OfflineTeacher, TeacherConfig
+from engine.tracking import TrackingConfig
+from errors import ConfigurationError
+from losses import DistillationLoss, LossConfig
+from losses.distillation import KDConfig
+from models import ModelConfig, SegmentationModel, build_model, load_model
+
+
+@dataclass
+class Config:
+    """What distill.py can be told; each part is documented where it is defined."""
+
+    run_dir: str = "runs/distilled"
+    """Folder of the run."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    resume: bool = False
+    """Go on with the run in `run_dir` from its newest checkpoint."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The teacher; a run directory among the arguments names it."""
+    student: ModelConfig = field(default_factory=ModelConfig)
+    """The student."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data set."""
+    losses: LossConfig = field(default_factory=lambda: LossConfig(kd=KDConfig()))
+    """The objective."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The training."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where to report."""
+
+
+def main(config: Config) -> None:
+    with start_run(config) as run:
+        train, val = build_dataset(config.data, "train"), build_dataset(config.data, "val")
+        student = build_model(config.student, train.labels)  # before the teacher: the same weights as a baseline's
+        teacher = load_teacher(config.teacher, train.labels.names)
+        steps = config.train.total_steps(train)
+        objective = DistillationLoss(
+            config.losses, student.taps, teacher.taps, class_weights=train.class_weights, total_steps=steps
+        )
+        run.describe(student, objective, train, teacher)
+        offline = OfflineTeacher(teacher, run.accelerator.device, run.accelerator.autocast)
+        announce(run, teacher, val)
+        run.finish(
+            fit(run, student, objective, train, val, config.train, workers=config.data.workers, teacher=offline)
+        )
+
+
+def load_teacher(config: TeacherConfig, names: tuple[str, ...]) -> SegmentationModel:
+    """The best weights of the teacher's run, which must know the same classes in the same order."""
+    if not config.run:
+        raise ConfigurationError("teacher.run: no teacher is named; give its run directory, say runs/teacher")
+    teacher = load_model(best_folder(config.run))
+    if teacher.class_names != list(names):
+        raise ConfigurationError(
+            f"teacher.run: {config.run} knows {len(teacher.class_names)} classes and the data set {len(names)}, "
+            "or in another order; train a teacher on the classes of this data set"
+        )
+    return teacher
+
+
+def announce(run: Run, teacher: SegmentationModel, val: object) -> None:
+    """Prints the teacher's own score, so that a wrong teacher is noticed before the training and not after it."""
+    scored = summarise(evaluate(run.accelerator, teacher, val), teacher.class_names)  # type: ignore[arg-type]
+    run.say(f"teacher: val mIoU {100 * scored['miou']:.2f} %")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, runs="teacher.run")

@@ -1,0 +1,441 @@
+"""The one loop: it steps a list of players over batches, evaluates, saves, and goes on where a run was cut off."""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from engine.checkpoint import load_checkpoint, replace_folder, save_checkpoint
+from errors import ConfigurationError, DamagedFileError, NonFiniteError, Terminated
+from evaluation.metrics import ConfusionMatrix, scores
+
+if TYPE_CHECKING:
+    from engine.run import Run
+
+
+@dataclass
+class TrainConfig:
+    """How to train."""
+
+    steps: int = 400
+    """Optimizer steps; `epochs`, if given, takes precedence."""
+    epochs: int | None = None
+    """Passes over the training images, in place of `steps`."""
+    batch_size: int = 8
+    """Images of one step, over all processes and accumulated parts."""
+    accumulate: int = 1
+    """Parts in which a step's images are worked through, to save memory; the gradient is that of the whole."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum."""
+    lr: float = 3e-3
+    """Highest learning rate."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-2
+    """Weight decay of convolutions; biases and normalisation have none."""
+    schedule: Literal["poly", "cosine"] = "poly"
+    """Decay of the learning rate: (1 - progress)^power, or half a cosine."""
+    power: float = 0.9
+    """Power of the polynomial schedule."""
+    warmup: Union[int, float] = 0.05  # noqa: UP007 (OmegaConf tells 5 from 0.5 by it)
+    """Linear rise of the learning rate at the start: an integer is steps, a float a fraction of training."""
+    clip: float = 5.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights, which is then evaluated and saved; 0: none."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the networks in training; losses and evaluation are in float32 always. fp16 needs CUDA."""
+    deterministic: bool = False
+    """Deterministic kernels on a GPU too, where they are slower; on a CPU they always are."""
+    threads: int = 0
+    """CPU threads of each process; 0 leaves PyTorch's choice."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: at the end only. There is always one at the end."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    log_every: int = 20
+    """Steps over which logged values are averaged."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop with exit code 4, or skip that step's update and count it."""
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise ConfigurationError(f"train.{key}: {getattr(self, key)} is too small; give 1 or more")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigurationError(f"train.lr: {self.lr} is not a learning rate; give a finite positive number")
+        if (self.steps if self.epochs is None else self.epochs) < 1:
+            raise ConfigurationError("train.steps: there is nothing to train; give 1 or more steps or epochs")
+        if not 0 <= self.ema < 1:
+            raise ConfigurationError(f"train.ema: {self.ema} is not a decay; give 0 for none, or say 0.999")
+
+    def total_steps(self, data: "TrainingData") -> int:
+        """Optimizer steps of the whole training."""
+        return self.steps if self.epochs is None else self.epochs * data.steps_per_epoch(self.batch_size)
+
+
+class TrainingData(Protocol):
+    """What the loop needs of a data set; `batch.images` and `batch.labels` are all that it reads of a batch."""
+
+    labels: Any
+
+    def steps_per_epoch(self, batch_size: int) -> int: ...
+    def train_loader(self, **options: Any) -> Any: ...
+    def eval_loader(self, **options: Any) -> Any: ...
+
+
+class Teacher(Protocol):
+    """Answers images with an object that has `logits` and `features`."""
+
+    def __call__(self, images: Tensor, taps: Sequence[str]) -> Any: ...
+
+
+class Learner(nn.Module):
+    """A model and its objective in one module, so that they are wrapped, moved and saved together."""
+
+    def __init__(self, model: nn.Module, objective: nn.Module) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, images: Tensor, labels: Tensor, answer: Any, step: int, denominators: Tensor) -> Any:
+        output = self.model(images, self.objective.student_taps)
+        return self.objective(output, answer, labels, step=step, denominators=denominators)
+
+
+class Player:
+    """One that learns: a learner wrapped for its devices, its optimizer, and the average of its weights."""
+
+    def __init__(self, learner: Learner, config: TrainConfig, accelerator: Accelerator) -> None:
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+        learner.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.learner, self.accelerator = learner, accelerator
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(learner, config))
+        self.wrapped = accelerator.prepare_model(learner)
+        average = get_ema_multi_avg_fn(config.ema)
+        self.ema = AveragedModel(learner.model, multi_avg_fn=average) if config.ema else None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are evaluated and saved: their average if there is one."""
+        return self.learner.model if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def broadcast_buffers(self) -> None:
+        """Gives every process the batch-norm statistics of the first, before they are evaluated or saved."""
+        if self.accelerator.num_processes > 1:
+            for module in (self.learner, self.ema):
+                for buffer in () if module is None else module.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+
+
+def build_optimizer(learner: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD; vectors (biases, normalisation) are not decayed."""
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of `step` (from 0) of `total`."""
+    warmup = config.warmup if isinstance(config.warmup, int) else round(config.warmup * total)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "poly":
+        return config.lr * (1 - progress) ** config.power
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def fit(
+    run: "Run",
+    model: nn.Module,
+    objective: nn.Module,
+    train: TrainingData,
+    val: TrainingData,
+    config: TrainConfig,
+    *,
+    workers: int = 0,
+    teacher: Teacher | None = None,
+) -> dict[str, Any]:
+    """Trains `model` by `objective`, from the newest checkpoint of the run if it is resumed.
+
+    The batches, their augmentation and the random numbers of a step are functions of the seed and the step, so a
+    run that was cut off and resumed is bit for bit the run that was not.
+
+    Returns:
+        The final scores on `val`, the best ones with their step, and the seconds spent training.
+    """
+    accelerator = run.accelerator
+    total = config.total_steps(train)
+    players = [Player(Learner(model, objective), config, accelerator)]
+    progress = Progress()
+    restore(run, players, progress)
+    loader = train.train_loader(
+        batch_size=config.batch_size,
+        seed=run.seed,
+        start_step=progress.step,
+        steps=total,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulate=config.accumulate,
+        workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    stream = iter(loader)
+    bar = tqdm(initial=progress.step, total=total, unit="step", desc=run.folder.name, dynamic_ncols=True)
+    clock = time.perf_counter()
+    scored: dict[str, Any] = {}
+
+    while progress.step < total:
+        step = progress.step
+        parts = [to_device(next(stream), accelerator.device) for _ in range(config.accumulate)]
+        for player in players:
+            values, terminated = train_step(run, player, parts, step, total, config, teacher)
+            progress.add(values)
+        progress.step = step = step + 1
+        epoch = step // train.steps_per_epoch(config.batch_size)
+        bar.update()
+
+        now = time.perf_counter()
+        progress.seconds, clock = progress.seconds + now - clock, now
+        if step % config.log_every == 0 or step == total:
+            images = config.batch_size * progress.window_steps
+            speed, averages = images / progress.window_seconds(), progress.averages()
+            run.log(step, epoch, "train", averages, seconds=progress.seconds, images_per_second=speed)
+            bar.set_postfix_str(f"loss {averages['loss']:.3f}, {speed:.0f} images/s")
+        if step == total or (config.evaluate_every and step % config.evaluate_every == 0):
+            players[0].broadcast_buffers()
+            matrix = evaluate(accelerator, players[0].evaluated, val, workers=workers)
+            scored = summarise(matrix, val.labels.names)
+            run.log(step, epoch, "val", scored, seconds=progress.seconds)
+            save_best(run, players[0], scored, progress)
+            bar.write(f"step {step}: val mIoU {100 * scored['miou']:.2f} %")
+            clock = time.perf_counter()
+        if step == total or step % config.checkpoint_every == 0 or terminated:
+            checkpoint(run, players, progress, config)
+            clock = time.perf_counter()
+        if terminated and step < total:
+            raise Terminated(f"{run.folder}: stopped by SIGTERM at step {step}, saved; go on with resume=true")
+    bar.close()
+    if not scored:  # cut off after its last checkpoint and before results.json
+        scored = summarise(evaluate(accelerator, players[0].evaluated, val, workers=workers), val.labels.names)
+    return scored | {
+        "split": "val",
+        "steps": total,
+        "best_miou": progress.best_miou,
+        "best_step": progress.best_step,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_seconds": round(progress.seconds, 1),
+    }
+
+
+def train_step(
+    run: "Run",
+    player: Player,
+    parts: list[Any],
+    step: int,
+    total: int,
+    config: TrainConfig,
+    teacher: Teacher | None,
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step over the parts of a batch; returns the logged values and whether a process was told to end.
+
+    The denominators of the loss are added up over parts and processes first, and DDP's mean is undone, so that
+    the gradient is that of the whole batch however it is split.
+    """
+    accelerator, objective = run.accelerator, player.learner.objective
+    seeds = np.random.SeedSequence([run.seed, step, accelerator.process_index])
+    torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    rate = learning_rate(step, total, config)
+    for group in player.optimizer.param_groups:
+        group["lr"] = rate
+    player.wrapped.train()
+
+    counts = torch.stack([objective.counts(part.labels) for part in parts]).sum(0)
+    stop = counts.new_tensor([float(run.terminated)])
+    shared = add_up(accelerator, torch.cat([counts, stop]))
+    denominators, terminated = shared[:-1], bool(shared[-1] > 0)
+
+    sums: dict[str, Tensor] = {}
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        with nullcontext() if last else accelerator.no_sync(player.wrapped):
+            answer = None if teacher is None else teacher(part.images, objective.teacher_taps)
+            loss, values = player.wrapped(part.images, part.labels, answer, step, denominators)
+            accelerator.backward(loss * accelerator.num_processes)
+        for name, value in {"loss": loss.detach(), **values}.items():
+            sums[name] = sums.get(name, torch.zeros_like(counts[0])) + value.double()
+    added = add_up(accelerator, torch.stack(list(sums.values()))).tolist()
+    logged = dict(zip(sums, added, strict=True))
+
+    parameters = [p for group in player.optimizer.param_groups for p in group["params"]]
+    norm = float(accelerator.clip_grad_norm_(parameters, config.clip or math.inf))
+    scaled = accelerator.scaler is not None  # fp16's scaler skips overflowing gradients by itself
+    finite = math.isfinite(logged["loss"]) and (scaled or math.isfinite(norm))
+    if not finite and config.on_nonfinite == "stop":
+        terms = ", ".join(f"{name} {value:g}" for name, value in logged.items())
+        raise NonFiniteError(
+            f"losses: not finite at step {step + 1} ({terms}, gradient norm {norm:g}); "
+            "lower train.lr or a term's weight, or set train.on_nonfinite=skip"
+        )
+    if finite:
+        player.optimizer.step()
+        if player.ema is not None:
+            player.ema.update_parameters(player.learner.model)
+    player.optimizer.zero_grad(set_to_none=True)
+    logged |= {"lr": rate, "gradient_norm": norm, "skipped": float(not finite)}
+    return logged, terminated
+
+
+def add_up(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """Sum of a tensor over the processes."""
+    return accelerator.reduce(values, reduction="sum") if accelerator.num_processes > 1 else values
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch (a named tuple of tensors) on the device, its images channels-last."""
+    moved = type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    return moved._replace(images=moved.images.contiguous(memory_format=torch.channels_last))
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, data: TrainingData, *, workers: int = 0) -> Tensor:
+    """Confusion matrix [C, C] (int64, rows truth) of `model` over all of `data`, in float32, at label size.
+
+    Every process takes its share of the images, none twice, and the counts are added up once: the matrix does not
+    depend on the number of processes.
+    """
+    was_training = model.training
+    model.eval()
+    loader = data.eval_loader(
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        workers=workers,
+    )
+    matrix = ConfusionMatrix(len(data.labels.names), accelerator.device)
+    for batch in tqdm(loader, desc="evaluate", leave=False, dynamic_ncols=True):
+        batch = to_device(batch, accelerator.device)
+        matrix.update(model(batch.images).logits, batch.labels)
+    model.train(was_training)
+    return add_up(accelerator, matrix.matrix)
+
+
+def summarise(matrix: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """The scores of a confusion matrix as plain numbers, the IoU by class name."""
+    result = scores(matrix)
+    iou = dict(zip(names, (float(value) for value in result["iou"]), strict=True))
+    return {key: float(result[key]) for key in ("miou", "pixel_accuracy", "class_accuracy")} | {"iou": iou}
+
+
+class Progress:
+    """Where a training stands: its step, the sums since the last log line, the best score, the seconds spent."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.window: dict[str, float] = {}
+        self.window_counts: dict[str, int] = {}
+        self.window_steps = 0
+        self.window_start = 0.0
+        self.best_miou, self.best_step = -1.0, 0
+        self.seconds = 0.0
+
+    def add(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.window[name] = self.window.get(name, 0.0) + value
+            self.window_counts[name] = self.window_counts.get(name, 0) + 1
+        self.window_steps += 1
+
+    def window_seconds(self) -> float:
+        return max(self.seconds - self.window_start, 1e-9)
+
+    def averages(self) -> dict[str, float]:
+        """Means since the last call, each over the steps at which its term was in force."""
+        means = {name: total / self.window_counts[name] for name, total in self.window.items()}
+        self.window, self.window_counts, self.window_steps = {}, {}, 0
+        self.window_start = self.seconds
+        return means
+
+
+def save_best(run: "Run", player: Player, scored: dict[str, Any], progress: Progress) -> None:
+    """Writes `best/` if no evaluation before was better."""
+    if scored["miou"] <= progress.best_miou:
+        return
+    progress.best_miou, progress.best_step = scored["miou"], progress.step
+    if run.is_main:
+        temporary = run.folder / ".best.tmp"
+        player.evaluated.save_pretrained(temporary)  # type: ignore[operator]
+        replace_folder(temporary, run.folder / "best")
+
+
+def checkpoint(run: "Run", players: list[Player], progress: Progress, config: TrainConfig) -> None:
+    """Saves players and progress; all processes take part, the main one writes."""
+    for player in players:
+        player.broadcast_buffers()
+    if run.is_main:
+        run.metrics.sync()
+        scaler = run.accelerator.scaler
+        state = {
+            "players": [player.state_dict() for player in players],
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "progress": vars(progress),
+        }
+        save_checkpoint(run.folder / "checkpoints", progress.step, state, config.keep_checkpoints)
+    run.accelerator.wait_for_everyone()
+
+
+def restore(run: "Run", players: list[Player], progress: Progress) -> None:
+    """Takes up the newest checkpoint of a run that goes on, and rewinds its log to it."""
+    folder = run.folder / "checkpoints"
+    state = load_checkpoint(folder) if run.config.resume else None
+    if run.config.resume:
+        where = "no whole checkpoint, so it starts" if state is None else "goes on"
+        run.say(f"{run.folder}: {where} at step {0 if state is None else state['progress']['step']}")
+    if state is not None:
+        try:
+            for player, saved in zip(players, state["players"], strict=True):
+                player.load_state_dict(saved)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise DamagedFileError(f"{folder}: a checkpoint of another model ({reason}); begin anew") from error
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.load_state_dict(state["scaler"])
+        vars(progress).update(state["progress"])
+    if run.is_main:
+        run.metrics.rewind(progress.step)
+    run.accelerator.wait_for_everyone()
+
+
+def best_folder(run_dir: str | Path) -> Path:
+    """The weights of a run directory; a model's own folder is taken as it is."""
+    folder = Path(run_dir)
+    return folder / "best" if (folder / "best").is_dir() else folder

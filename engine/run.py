@@ -1,0 +1,265 @@
+"""A run: its folder, its processes, its signals and its end."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from omegaconf import OmegaConf
+
+from engine.checkpoint import recover_folder
+from engine.config import save, to_yaml
+from engine.loop import TrainConfig
+from engine.tracking import Metrics, TrackingConfig, WandbMirror, system_values, write_json
+from errors import ConfigurationError, UserError
+
+# Keys that may change when a run goes on: they don't change its numbers.
+FREE_KEYS = ("run_dir", "resume", "tracking.", "data.workers", "data.root", "train.checkpoint_every", "train.keep")
+PACKAGES = ("torch", "accelerate", "numpy", "opencv-python-headless", "omegaconf", "wandb")
+
+
+class RunConfig(Protocol):
+    """What a run needs of a script's configuration."""
+
+    run_dir: str
+    seed: int
+    resume: bool
+    train: TrainConfig
+    tracking: TrackingConfig
+
+
+class Run:
+    """One training in one folder, shared by all of its processes.
+
+    Args:
+        config: the resolved configuration of the script.
+        accelerator: Accelerate's view of devices, processes and precision.
+    """
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.folder = Path(config.run_dir)
+        self.seed = config.seed
+        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        self.terminated = False  # SIGTERM arrived at this process
+        self.mirror: WandbMirror | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def say(self, message: str) -> None:
+        """Prints a line, on the main process alone."""
+        self.accelerator.print(message, flush=True)
+
+    def log(self, step: int, epoch: int, split: str, values: dict[str, Any], **system: float) -> None:
+        """Writes one event to metrics.jsonl and to W&B, on the main process alone.
+
+        Args:
+            system: times and speeds, to which memory and utilisation are added; they stand under "system", apart
+                from what a repeated run repeats.
+        """
+        if self.is_main:
+            system |= system_values(self.accelerator.device)
+            self.metrics.append({"step": step, "epoch": epoch, "split": split, **values, "system": system})
+            assert self.mirror is not None
+            flat = {f"{split}/{key}": value for key, value in values.items() if not isinstance(value, dict)}
+            self.mirror.log(flat | {f"system/{key}": value for key, value in system.items()}, step)
+
+    def describe(self, student: Any, objective: Any, data: Any, teacher: Any = None) -> None:
+        """Prints what takes part and writes environment.json."""
+        for role, model in (("model" if teacher is None else "student", student), ("teacher", teacher)):
+            if model is not None:
+                millions = sum(p.numel() for p in model.parameters()) / 1e6
+                self.say(f"{role}: {model.architecture}, {millions:.2f} M parameters, stride {model.stride}")
+        self.say(f"data: {len(data)} images, {len(data.labels.names)} classes")
+        for line in objective.describe():
+            self.say(f"loss: {line}")
+        if self.is_main:
+            write_json(self.folder / "environment.json", environment(self.accelerator, data.manifest_hash()))
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Writes results.json, which marks the run as finished."""
+        if self.is_main:
+            write_json(self.folder / "results.json", results)
+        self.say(f"finished: val mIoU {100 * results['miou']:.2f} %, best {100 * results['best_miou']:.2f} %")
+        self.say(f"written: {self.folder}")
+
+
+@contextmanager
+def start_run(config: RunConfig) -> Iterator[Run]:
+    """Opens a run: processes, folder, resolved configuration, tracker and SIGTERM, which saves and then ends it.
+
+    Raises:
+        ConfigurationError: the launcher started fewer processes than it was asked for, fp16 without CUDA, the
+            folder exists (or, to go on, holds a run of another configuration).
+        SystemExit: 0 if the run to go on with is finished.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    accelerator = start_accelerator(config.train)
+    torch.manual_seed(config.seed)
+    run = Run(config, accelerator)
+
+    problem = on_main_process(accelerator, lambda: _open_folder(run))
+    if problem == "finished":
+        run.say(f"{run.folder}: finished; its figures are in results.json (delete the folder to begin anew)")
+        raise SystemExit(0)
+    if run.is_main:
+        run.mirror = WandbMirror(config.tracking, run.folder, config)
+
+    def on_sigterm(*_: Any) -> None:
+        run.terminated = True
+
+    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield run
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if run.mirror is not None:
+            run.mirror.finish()
+        if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
+            accelerator.end_training()
+
+
+def on_main_process(accelerator: Accelerator, action: Any) -> Any:
+    """Runs `action()` on the main process; its result, or its UserError, is that of every process."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = action()
+        except UserError as error:
+            answer[1] = error
+    if accelerator.num_processes > 1:
+        broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def start_accelerator(train: TrainConfig) -> Accelerator:
+    """Accelerate on the GPU if there is one, else on the CPU, with as many processes as were asked for."""
+    cuda = torch.cuda.is_available()
+    if train.precision == "fp16" and not cuda:
+        raise ConfigurationError("train.precision: fp16 needs a CUDA GPU and there is none; give bf16 or fp32")
+    if "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ConfigurationError(
+            "accelerate launch: asked for several processes, it started one; launch with "
+            "--config_file configs/accelerate/two_cpu.yaml, whose distributed_type is MULTI_GPU on CPUs too"
+        )
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if train.threads:
+        torch.set_num_threads(train.threads)
+    accelerator = Accelerator(cpu=not cuda, mixed_precision="no" if train.precision == "fp32" else train.precision)
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise ConfigurationError(
+            f"WORLD_SIZE: {asked} processes were asked for and {accelerator.num_processes} work together; "
+            "launch with one of configs/accelerate/"
+        )
+    return accelerator
+
+
+def _open_folder(run: Run) -> str | None:
+    """Makes the run's folder, or checks that the run in it may go on; "finished" where there is nothing to do."""
+    config, folder = run.config, run.folder
+    saved = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"run_dir: {folder} is a file; name another folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not config.resume:
+            raise ConfigurationError(
+                f"run_dir: {folder} exists; go on with resume=true, name another folder, or delete it"
+            )
+        if saved.exists():
+            changed = changed_keys(saved, config)
+            if changed:
+                raise ConfigurationError(
+                    f"{changed[0]}: differs from {saved}, so the run can't go on; "
+                    f"resume with {saved} itself, or begin in another run_dir"
+                )
+            if (folder / "results.json").exists():
+                return "finished"
+            recover_folder(folder / "best")
+            return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save(config, saved)
+    except PermissionError as error:
+        raise ConfigurationError(f"run_dir: can't write to {folder} ({error.strerror}); name another") from error
+    return None
+
+
+def changed_keys(saved: Path, config: Any) -> list[str]:
+    """Dotted keys in which the configuration differs from the saved one, but for those that may change."""
+
+    def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+        if isinstance(value, dict) and value:
+            return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
+        return {prefix.rstrip("."): value}
+
+    before: Any = flatten(OmegaConf.to_container(OmegaConf.load(saved)))
+    now: Any = flatten(OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
+    different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [key for key in different if not key.startswith(FREE_KEYS)]
+
+
+def environment(accelerator: Accelerator, manifest: str) -> dict[str, Any]:
+    """What a number depends on besides the configuration."""
+    device = accelerator.device
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None  # not a checkout: the revision is unknown, and said to be
+        return done.stdout.strip()
+
+    status = git("status", "--porcelain")
+    return {
+        "revision": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": accelerator.mixed_precision,
+        "data_manifest": manifest,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a finished run.
+
+    Raises:
+        ConfigurationError: the run has none.
+    """
+    try:
+        return json.loads((folder / "results.json").read_text())
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{folder}: has no results.json; finish the run first") from error

@@ -1,0 +1,225 @@
+"""The objective: the configured terms, their weights and schedules, added up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from errors import ConfigurationError
+from losses.features import AttentionTransfer, AttentionTransferConfig, Fitnet, FitnetConfig
+from losses.relations import Affinity, AffinityConfig
+from losses.term import ModelOutput, Taps, Term, TermConfig
+from losses.upsampled import label_weight, upsampled_loss
+
+ClassWeighting = Literal["uniform", "inverse", "median", "enet", "effective"]
+
+
+@dataclass
+class CrossEntropyConfig(TermConfig):
+    """Cross-entropy with the labels."""
+
+    class_weights: ClassWeighting = "uniform"
+    """uniform, inverse frequency, median frequency, ENet's 1/ln(1.02+p), effective number of samples."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the classes (Szegedy et al. 2016)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigurationError(
+                f"losses.cross_entropy.label_smoothing: {self.label_smoothing} is not in [0, 1); give say 0.1"
+            )
+
+
+@dataclass
+class KDConfig(TermConfig):
+    """Knowledge distillation of logits (Hinton et al. 2015), per pixel, at label size."""
+
+    temperature: float = 1.0
+    """T: softens both distributions; the loss keeps its T²."""
+    class_weights: ClassWeighting = "uniform"
+    """Weights of the pixels by their label's class: a rebalanced task needs a rebalanced teacher signal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ConfigurationError(f"losses.kd.temperature: {self.temperature} is not positive; give 1.0 or more")
+
+
+@dataclass
+class LossConfig:
+    """One optional field per loss; naming one switches it on (`losses.affinity.weight=1`)."""
+
+    cross_entropy: CrossEntropyConfig | None = field(default_factory=CrossEntropyConfig)
+    """Cross-entropy with the labels."""
+    kd: KDConfig | None = None
+    """Knowledge distillation of logits."""
+    attention_transfer: AttentionTransferConfig | None = None
+    """Attention transfer."""
+    fitnet: FitnetConfig | None = None
+    """FitNets' hints."""
+    affinity: AffinityConfig | None = None
+    """Affinity of all pairs of positions."""
+
+    def active(self) -> dict[str, TermConfig]:
+        """The configured terms by name, in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+class CrossEntropy(Term):
+    """`upsampled_loss` against the labels alone."""
+
+    def __init__(self, config: CrossEntropyConfig, class_weights: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.label_smoothing = config.label_smoothing
+
+    def count(self, labels: Tensor) -> Tensor:
+        return label_weight(labels, self.class_weights)
+
+    def forward(
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
+    ) -> Tensor:
+        loss, _ = upsampled_loss(
+            student.logits,
+            labels,
+            class_weights=self.class_weights,
+            label_smoothing=self.label_smoothing,
+            ce_denominator=denominator,
+        )
+        return loss
+
+
+class KD(Term):
+    """`upsampled_loss` against the teacher alone."""
+
+    def __init__(self, config: KDConfig, teacher: Taps | None, class_weights: Tensor | None) -> None:
+        super().__init__()
+        if teacher is None:
+            raise ConfigurationError("losses.kd: compares with a teacher, and there is none; leave the term out")
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.temperature = config.temperature
+
+    def count(self, labels: Tensor) -> Tensor:
+        return label_weight(labels, self.class_weights)
+
+    def forward(
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
+    ) -> Tensor:
+        assert teacher is not None
+        loss, _ = upsampled_loss(
+            student.logits,
+            labels,
+            teacher.logits,
+            ce_weight=0.0,
+            kl_weight=1.0,
+            temperature=self.temperature,
+            kl_class_weights=self.class_weights,
+            kl_denominator=denominator,
+        )
+        return loss
+
+
+class DistillationLoss(nn.Module):
+    """Sum of the configured terms, each with its weight and its window in training.
+
+    Args:
+        config: which terms.
+        student_taps, teacher_taps: what the models publish; no teacher is None.
+        class_weights: gives the [C] weights of a scheme; needed where a term asks for one.
+        total_steps: length of training, of which schedules may be fractions.
+    """
+
+    def __init__(
+        self,
+        config: LossConfig,
+        student_taps: Taps,
+        teacher_taps: Taps | None = None,
+        *,
+        class_weights: Callable[[str], Tensor] | None = None,
+        total_steps: int = 1,
+    ) -> None:
+        super().__init__()
+        self.configs, self.total_steps = config.active(), total_steps
+        if not self.configs:
+            raise ConfigurationError("losses: no term is configured; leave losses.cross_entropy as it is")
+
+        def weights(scheme: str) -> Tensor | None:
+            if scheme == "uniform":
+                return None
+            if class_weights is None:
+                raise ConfigurationError(f"losses: class_weights={scheme} needs a data set's label counts")
+            return class_weights(scheme)
+
+        terms: dict[str, Term] = {}
+        if config.cross_entropy is not None:
+            terms["cross_entropy"] = CrossEntropy(config.cross_entropy, weights(config.cross_entropy.class_weights))
+        if config.kd is not None:
+            terms["kd"] = KD(config.kd, teacher_taps, weights(config.kd.class_weights))
+        if config.attention_transfer is not None:
+            terms["attention_transfer"] = AttentionTransfer(config.attention_transfer, student_taps, teacher_taps)
+        if config.fitnet is not None:
+            terms["fitnet"] = Fitnet(config.fitnet, student_taps, teacher_taps)
+        if config.affinity is not None:
+            terms["affinity"] = Affinity(config.affinity, student_taps, teacher_taps)
+        self.terms = nn.ModuleDict(terms)
+
+    @property
+    def student_taps(self) -> list[str]:
+        """Taps that the student must answer with."""
+        return sorted({tap for term in self.terms.values() for tap in term.student_taps})  # type: ignore
+
+    @property
+    def teacher_taps(self) -> list[str]:
+        """Taps that the teacher must answer with."""
+        return sorted({tap for term in self.terms.values() for tap in term.teacher_taps})  # type: ignore
+
+    def counts(self, labels: Tensor) -> Tensor:
+        """Each term's local denominator: float64 [terms], to be added up over parts and processes."""
+        return torch.stack([term.count(labels) for term in self.terms.values()])  # type: ignore
+
+    def forward(
+        self,
+        student: ModelOutput,
+        teacher: ModelOutput | None,
+        labels: Tensor,
+        *,
+        step: int = 0,
+        denominators: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss at `step` (from 0), and the terms in force, unweighted and detached, by name.
+
+        Args:
+            labels: int64 [B, H, W], 255 ignored.
+            denominators: float64 [terms]; those of the whole batch if this is a part of it, else `counts(labels)`.
+        """
+        if denominators is None:
+            denominators = self.counts(labels)
+        loss = student.logits.new_zeros((), dtype=torch.float32)
+        values = {}
+        for (name, term), denominator in zip(self.terms.items(), denominators, strict=True):
+            factor = self.configs[name].factor(step, self.total_steps)
+            if factor:
+                value = term(student, teacher, labels, denominator)
+                loss, values[name] = loss + factor * value, value.detach()
+            else:
+                # Outside its window a term still touches its parameters, or DDP waits for their gradients.
+                loss = loss + sum(0.0 * parameter.sum() for parameter in term.parameters())
+        return loss, values
+
+    def describe(self) -> list[str]:
+        """One line a term: weight, window, taps, adapters' parameters."""
+        lines = []
+        for name, term in self.terms.items():
+            config = self.configs[name]
+            line = f"{name}: weight {config.weight:g}"
+            if config.start or config.until is not None or config.ramp:
+                line += f", from {config.start} until {'the end' if config.until is None else config.until}"
+                line += f", ramp {config.ramp}" if config.ramp else ""
+            if getattr(term, "pairs", None):
+                line += ", " + " ".join(s if s == t else f"{s}:{t}" for s, t in term.pairs)  # type: ignore
+            adapters = sum(p.numel() for p in term.parameters())
+            lines.append(line + (f", {adapters:,} parameters of its own" if adapters else ""))
+        return lines

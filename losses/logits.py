@@ -1,0 +1,28 @@
+"""Distillation of logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from losses.term import full_precision
+
+
+def kl_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """Knowledge distillation (Hinton et al. 2015): mean over pixels of `T² * KL(softmax(t/T) || softmax(s/T))`.
+
+    Args:
+        student_logits, teacher_logits: [B, C, h, w]; no gradient reaches the teacher's.
+        mask: boolean [B, h, w], True where a pixel counts; all count without it.
+        temperature: T.
+
+    Returns:
+        A scalar, at least float32; 0, with a zero gradient, where no pixel counts.
+    """
+    student = F.log_softmax(full_precision(student_logits) / temperature, dim=1)
+    teacher = F.log_softmax(full_precision(teacher_logits.detach()) / temperature, dim=1)
+    divergence = temperature**2 * (teacher.exp() * (teacher - student)).sum(1)
+    if mask is None:
+        return divergence.mean()
+    return torch.where(mask, divergence, 0.0).sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,154 @@
+"""What a loss term is: a sum over items divided by a denominator that depends on the labels alone."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import ConfigurationError
+
+IGNORE_INDEX = 255
+
+
+class ModelOutput(Protocol):
+    """What a term needs of a model's answer."""
+
+    @property
+    def logits(self) -> Tensor: ...
+    @property
+    def features(self) -> Mapping[str, Tensor]: ...
+
+
+class TapShape(Protocol):
+    """What a term needs to know of a tap before it sees a tensor."""
+
+    @property
+    def channels(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+
+
+Taps = Mapping[str, TapShape]
+
+
+@dataclass
+class TermConfig:
+    """Weight and schedule, which every term has."""
+
+    weight: float = 1.0
+    """Factor of the term in the total loss."""
+    start: Union[int, float] = 0  # noqa: UP007 (OmegaConf tells 5 from 0.5 by it)
+    """First step of the term: an integer is steps, a float a fraction of training."""
+    until: Union[int, float, None] = None  # noqa: UP007
+    """Step at which the term ends (exclusive), likewise; null: never."""
+    ramp: Union[int, float] = 0  # noqa: UP007
+    """Steps, or fraction of training, over which the weight rises linearly from 0 after `start`."""
+
+    def __post_init__(self) -> None:
+        name = term_name(type(self))
+        for key in ("start", "until", "ramp"):
+            value = getattr(self, key)
+            if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
+                raise ConfigurationError(
+                    f"losses.{name}.{key}: {value} is out of range; "
+                    "give steps as an integer from 0 or a fraction of training as a float from 0.0 to 1.0"
+                )
+        if self.weight < 0:
+            raise ConfigurationError(f"losses.{name}.weight: {self.weight} is negative; give 0 or more")
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """The weight in force at `step` (from 0) of `total_steps`; 0 outside the term's window."""
+
+        def in_steps(value: int | float) -> int:
+            return value if isinstance(value, int) else round(value * total_steps)
+
+        start, ramp = in_steps(self.start), in_steps(self.ramp)
+        if step < start or (self.until is not None and step >= in_steps(self.until)):
+            return 0.0
+        return self.weight * min(1.0, (step - start + 1) / (ramp + 1))
+
+
+@dataclass
+class FeatureTermConfig(TermConfig):
+    """A term that compares feature maps at one or several depths."""
+
+    taps: list[str] = field(default_factory=lambda: ["bottleneck"])
+    """Where to compare: a list of `tap`, or `student_tap:teacher_tap`."""
+    labelled_only: bool = False
+    """Leave out positions without a label, which the paper does not."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.taps:
+            raise ConfigurationError(f"losses.{term_name(type(self))}.taps: empty; name at least one tap")
+
+
+def term_name(config: type) -> str:
+    """`AttentionTransferConfig` -> `attention_transfer`: the key under `losses`."""
+    name = config.__name__.removesuffix("Config")
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+class Term(nn.Module):
+    """A configurable loss.
+
+    `forward(student, teacher, labels, denominator)` is a sum over items divided by `denominator`, which is
+    `count(labels)` added up over the accumulated parts and the processes of a step, so that the gradient is
+    that of the whole batch however it is split.
+    """
+
+    student_taps: Sequence[str] = ()
+    teacher_taps: Sequence[str] = ()
+
+    def count(self, labels: Tensor) -> Tensor:
+        """Local denominator, float64 scalar. Here the number of images; pixel terms count labelled pixels."""
+        return torch.tensor(float(len(labels)), dtype=torch.float64, device=labels.device)
+
+    def forward(
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
+    ) -> Tensor:
+        raise TypeError(f"{type(self).__name__} does not answer forward")
+
+
+def pair_taps(name: str, taps: Sequence[str], student: Taps, teacher: Taps | None) -> list[tuple[str, str]]:
+    """Splits `tap` and `student:teacher` into pairs and checks that both models have them.
+
+    Raises:
+        ConfigurationError: naming the key and the taps there are.
+    """
+    if teacher is None:
+        raise ConfigurationError(f"losses.{name}: compares with a teacher, and there is none; leave the term out")
+    pairs = []
+    for tap in taps:
+        ours, _, theirs = tap.partition(":")
+        theirs = theirs or ours
+        for side, wanted, known in (("student", ours, student), ("teacher", theirs, teacher)):
+            if wanted not in known:
+                raise ConfigurationError(
+                    f"losses.{name}.taps: the {side} has no tap {wanted!r}; it has {', '.join(known)}"
+                )
+        pairs.append((ours, theirs))
+    return pairs
+
+
+def mask_of(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Boolean [B, h, w], True where labelled, reduced to feature size by nearest neighbour."""
+    labelled = (labels != IGNORE_INDEX)[:, None].float()
+    return F.interpolate(labelled, size=size, mode="nearest")[:, 0].bool()
+
+
+def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Brings a map [B, D, H, W] to another resolution: by area where it shrinks, else bilinearly."""
+    if features.shape[-2:] == torch.Size(size):
+        return features
+    if features.shape[-2] >= size[0] and features.shape[-1] >= size[1]:
+        return F.adaptive_avg_pool2d(features, size)
+    return F.interpolate(features, size=size, mode="bilinear", align_corners=False)
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """At least float32; float64 stays float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
