@@ -1,0 +1,157 @@
+"""Result tables: Markdown with aligned columns, which reads well in a terminal and pastes into a paper."""
+
+import math
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+ABSENT = "–"  # a value that does not exist, or a NaN
+
+Result = Mapping[str, Any]
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str] | None = None) -> str:
+    """Markdown table of `rows`, each a mapping from key to value.
+
+    `columns` are the keys to show, or key -> heading; by default every key in the order of first appearance.
+    Text goes to the left, a column of numbers to the right; None and NaN are a dash.
+    """
+    if columns is None:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+    headings = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns}
+    cells = [[_cell(row.get(key)) for key in headings] for row in rows]
+    to_right = [_is_numeric([row.get(key) for row in rows]) for key in headings]
+    titles = [_cell(heading) for heading in headings.values()]
+    widths = [max([3, *(_width(line[i]) for line in [titles, *cells])]) for i in range(len(titles))]
+    rule = ["-" * (width - 1) + (":" if right else "-") for width, right in zip(widths, to_right, strict=True)]
+    lines = [[_pad(*cell) for cell in zip(line, widths, to_right, strict=True)] for line in [titles, *cells]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+def per_class_table(results: Sequence[Result], classes: Sequence[str] | None = None) -> str:
+    """IoU in percent of every class (rows) in every run (columns), with the mean last.
+
+    Each result is a `results.json` with the keys run, iou {class: value or None} and miou. A dash is a class
+    that is neither labelled nor predicted.
+    """
+    if classes is None:
+        classes = list(dict.fromkeys(name for result in results for name in result["iou"]))
+    runs = dict(zip(_run_names(results), results, strict=True))
+    rows = [{"class": name} | {run: percent(r["iou"].get(name)) for run, r in runs.items()} for name in classes]
+    rows.append({"class": "mean"} | {run: percent(r.get("miou")) for run, r in runs.items()})
+    return table(rows, ["class", *runs])
+
+
+def compare_runs(results: Sequence[Result]) -> str:
+    """One row for each run with its accuracy and cost, and how it stands to the first run.
+
+    Each result is a `results.json`: run, parameters, flops, miou, pixel_accuracy, class_accuracy (0..1),
+    latency_ms (median), train_seconds; a key that no run has is left out. The ratios (columns ending in ×) and
+    the difference Δ, in points, are to the first run, and left out where there is only one.
+    """
+    shown: list[tuple[str, str, Callable[[Any], str], str | None]] = [
+        ("parameters", "params", quantity, "params ×"),
+        ("flops", "FLOPs", quantity, "FLOPs ×"),
+        ("miou", "mIoU %", percent, "mIoU Δ"),
+        ("pixel_accuracy", "pixel acc. %", percent, None),
+        ("class_accuracy", "class acc. %", percent, None),
+        ("latency_ms", "latency ms", significant, "latency ×"),
+        ("train_seconds", "training", duration, None),
+    ]
+    rows: list[dict[str, str]] = [{"run": run} for run in _run_names(results)]
+    for key, heading, form, relative in shown:
+        values = [result.get(key) for result in results]
+        if all(_is_absent(value) for value in values):
+            continue
+        for row, value in zip(rows, values, strict=True):
+            row[heading] = ABSENT if _is_absent(value) else form(value)
+            if relative is not None and len(results) > 1:
+                row[relative] = _relative(value, values[0], relative)
+    return table(rows)
+
+
+def percent(share: float | None) -> str:
+    """0.4567 -> 45.67."""
+    return ABSENT if share is None or math.isnan(share) else f"{100 * share:.2f}"
+
+
+def quantity(count: float) -> str:
+    """A count with three significant digits and a unit: 491 000 -> 491 k, 4.4e6 -> 4.40 M."""
+    for unit in ("", " k", " M", " G"):
+        if abs(count) < 999.5:
+            return f"{count:.0f}" if unit == "" and count == int(count) else significant(count) + unit
+        count /= 1000
+    return significant(count) + " T"
+
+
+def significant(value: float) -> str:
+    """Three significant digits without an exponent: 0.1234 -> 0.123, 12.34 -> 12.3, 1234.5 -> 1234."""
+    if value == 0 or not math.isfinite(value):
+        return str(value)
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(float(f'{value:.2e}')))))}f}"
+
+
+def duration(seconds: float) -> str:
+    """42 -> 42 s, 754 -> 12.6 min, 7200 -> 2.00 h."""
+    for limit, divisor, unit in ((59.95, 1, "s"), (3597, 60, "min")):
+        if seconds < limit:
+            return f"{significant(seconds / divisor)} {unit}"
+    return f"{significant(seconds / 3600)} h"
+
+
+def _run_names(results: Sequence[Result]) -> list[str]:
+    """The runs' names, numbered where several have the same."""
+    names = [str(result.get("run") or f"run {number}") for number, result in enumerate(results, 1)]
+    return [
+        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)
+    ]
+
+
+def _relative(value: Any, first: Any, heading: str) -> str:
+    if _is_absent(value) or _is_absent(first):
+        return ABSENT
+    if heading.endswith("Δ"):
+        return f"{100 * (value - first):+.2f}"
+    return significant(value / first) if first else ABSENT
+
+
+def _is_absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _is_numeric(values: Sequence[Any]) -> bool:
+    """Whether a column holds numbers: as such, or as text that begins with one; a dash is neither."""
+    known = [value for value in values if not _is_absent(value) and value != ABSENT]
+    return bool(known) and all(
+        not isinstance(value, bool) and (isinstance(value, int | float) or _begins_with_number(str(value)))
+        for value in known
+    )
+
+
+def _begins_with_number(text: str) -> bool:
+    """Whether a text is a number, with a unit or without: `12.3`, `+1.20`, `4.40 M`; `2024-01-run` is none."""
+    try:
+        float(text.partition(" ")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def _cell(value: Any) -> str:
+    """A value as a table shows it, safe inside Markdown."""
+    if _is_absent(value):
+        return ABSENT
+    if isinstance(value, float):
+        return str(int(value)) if value == int(min(abs(value), 1e15)) and abs(value) >= 1000 else f"{value:.4g}"
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes in a terminal: two for a wide character, none for a combining one."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) != 0 for c in text)
+
+
+def _pad(text: str, width: int, right: bool) -> str:
+    space = " " * (width - _width(text))
+    return space + text if right else text + space
