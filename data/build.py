@@ -139,7 +139,7 @@ def _root(config: DataConfig) -> Path:
 
 class StreetsData(SegmentationData):
     """The drawn scenes. A scene is a function of (streets_seed, index, size); it is drawn when first asked for
-    and kept in memory, up to 1 GB."""
+    and kept in memory, up to half a gigabyte."""
 
     def __init__(self, config: DataConfig, split: Split, settings: Settings) -> None:
         from data import streets  # the drawing alone; a reader of files does without
@@ -151,7 +151,7 @@ class StreetsData(SegmentationData):
         self.first = STREETS_FIRST[split]
         self._streets = streets
         self._kept: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._room = 2**30 // (4 * self.size[0] * self.size[1])
+        self._room = 2**29 // (4 * self.size[0] * self.size[1])
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if index in self._kept:

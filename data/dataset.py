@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data import statistics, transforms
-from data.files import Pair, bad_values_error, check_pairs, map_threads, read_image, read_label, read_label_values
+from data.files import (
+    Pair,
+    bad_values_error,
+    check_pairs,
+    map_threads,
+    read_bytes,
+    read_image,
+    read_label,
+    read_label_values,
+)
 from data.labels import IGNORE_INDEX, INVALID, Labels
 from data.sampling import Key, Order, StepSampler, rare_class_order, uniform_order
 from data.transforms import Size
@@ -135,6 +144,9 @@ class SegmentationData(Dataset[Batch], ABC):
             geometry=torch.tensor(geometry, dtype=torch.int64),
         )
 
+    def _check_one_size(self) -> None:
+        """Raises ConfigurationError where images of unequal size would have to stand in one batch."""
+
     # statistics
 
     def label_counts(self) -> np.ndarray:
@@ -198,6 +210,8 @@ class SegmentationData(Dataset[Batch], ABC):
             )
         if not 0 <= seed < 2**32:
             raise ConfigurationError(f"seed: {seed} is outside 0..4294967295; choose one inside")
+        if self.settings.crop is None and self.settings.size is None:
+            self._check_one_size()
         sampler = StepSampler(
             self._order(batch_size, seed),
             steps_per_epoch=self.steps_per_epoch(batch_size),
@@ -234,13 +248,11 @@ class FileData(SegmentationData):
         self.table = table
         self.root = root
         self._facts = check_pairs(self.pairs)
-        if settings.crop is None and settings.size is None and settings.augment and split == "train":
-            self._need_one_size()
         if not self.label_counts()[:, :-1].any():
             withheld = "; the labels of test are withheld, use val" if split == "test" else "; check the labels"
             raise ConfigurationError(f"{root}: no pixel of the split {split!r} has a class{withheld}")
 
-    def _need_one_size(self) -> None:
+    def _check_one_size(self) -> None:
         different = np.flatnonzero((self._facts[:, :2] != self._facts[0, :2]).any(1))
         if len(different):
             path = self.pairs[different[0]].image
@@ -269,7 +281,7 @@ class FileData(SegmentationData):
 
     def _count_key(self) -> str:
         digest = hashlib.sha256(b"label counts 1\n" + self.table.tobytes())
-        for one in map_threads(lambda pair: hashlib.sha256(pair.label.read_bytes()).digest(), self.pairs):
+        for one in map_threads(lambda pair: hashlib.sha256(read_bytes(pair.label)).digest(), self.pairs):
             digest.update(one)
         return digest.hexdigest()
 

@@ -5,7 +5,8 @@ labels (it keeps the indices of a palette PNG and checks the CRC of each chunk).
 """
 
 import io
-import warnings
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,16 +19,17 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from data.labels import INVALID
 from errors import ConfigurationError
 
-MAX_PIXELS = 100_000_000  # a header that claims more is taken for damage or malice
-THREADS = 4
+MAX_PIXELS = 2**26  # a header that claims more (8192x8192) is taken for damage or malice
+THREADS = 4  # of the checks of a whole split; more gain nothing, for much of the work holds Python's lock
 
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND\xaeB`\x82"
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
-_HEAD = 64 * 1024  # holds the header of any usual file; a longer one is read on demand
+_HEAD = 33  # PNG's signature and IHDR chunk
 _TAIL = 1024  # some writers append a few bytes after the end marker
 
+Size = tuple[int, int]  # height, width
 A = TypeVar("A")
 R = TypeVar("R")
 
@@ -49,7 +51,8 @@ def map_threads(function: Callable[[A], R], items: Sequence[A]) -> Iterable[R]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """The file's bytes; ConfigurationError naming it where it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -57,7 +60,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _check_frame(path: Path, start: bytes, end: bytes, empty: bool) -> str:
-    """The file's kind, 'PNG' or 'JPEG'. Refuses an empty, truncated or foreign file by its first and last bytes."""
+    """The file's kind, 'PNG' or 'JPEG', by its first and last bytes. Refuses what is empty, cut or foreign."""
     if empty:
         raise ConfigurationError(f"{path}: is an empty file; copy it again")
     if start.startswith(_PNG_START):
@@ -74,32 +77,37 @@ def _check_frame(path: Path, start: bytes, end: bytes, empty: bool) -> str:
 def _open(path: Path, stream: Any) -> Image.Image:
     """Pillow's lazily opened image, with its header checked."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is our own
-            image = Image.open(stream, formats=("PNG", "JPEG"))
+        image = Image.open(stream, formats=("PNG", "JPEG"))
     except Image.DecompressionBombError as error:
         raise ConfigurationError(f"{path}: its header claims an absurd size; replace the file") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise ConfigurationError(f"{path}: its header is damaged; copy it again") from error
-    width, height = image.size
+    _check_size(path, *image.size)
+    return image
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ConfigurationError(
             f"{path}: its header claims {width}x{height} pixels, more than {MAX_PIXELS}; replace the file"
         )
-    return image
 
 
-def _check_label_header(path: Path, kind: str, start: bytes) -> None:
-    """A label is a PNG with one 8-bit channel, or with a palette; PNG's bytes 24 and 25 say so."""
+def _label_header(path: Path, kind: str, start: bytes) -> Size:
+    """Height and width of a label: a PNG with one 8-bit channel, or with a palette, as its IHDR chunk says."""
     if kind != "PNG":
         raise ConfigurationError(f"{path}: is a JPEG, which does not keep label values; a label must be a PNG")
-    depth, colour = start[24], start[25]
+    if len(start) < 33 or start[12:16] != b"IHDR" or zlib.crc32(start[12:29]) != int.from_bytes(start[29:33]):
+        raise ConfigurationError(f"{path}: its header is damaged; copy it again")
+    width, height, depth, colour = struct.unpack(">IIBB", start[16:26])
     if colour not in (0, 3):
         raise ConfigurationError(
             f"{path}: is a colour image, where a label holds one class number a pixel; convert it"
         )
     if colour == 0 and depth != 8:
         raise ConfigurationError(f"{path}: is a {depth}-bit label; a label must have 8 bits a pixel")
+    _check_size(path, width, height)
+    return height, width
 
 
 def _check_orientation(path: Path, image: Image.Image) -> None:
@@ -132,14 +140,13 @@ def check_file(path: Path, *, label: bool) -> tuple[int, int, int]:
             stream.seek(max(0, size - _TAIL))
             kind = _check_frame(path, start, stream.read(), size == 0)
             if label:
-                _check_label_header(path, kind, start)
+                return *_label_header(path, kind, start), size
             stream.seek(0)
             image = _open(path, stream)
             _check_orientation(path, image)
-            width, height = image.size
+            return image.height, image.width, size
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read ({error.strerror}); check the data set") from error
-    return height, width, size
 
 
 def check_pairs(pairs: Sequence[Pair]) -> np.ndarray:
@@ -163,8 +170,8 @@ def check_pairs(pairs: Sequence[Pair]) -> np.ndarray:
 
 def read_image(path: Path) -> np.ndarray:
     """uint8 [H, W, 3] RGB. Raises ConfigurationError naming the file."""
-    data = _read_bytes(path)
-    _check_frame(path, data[:16], data[-_TAIL:], not data)
+    data = read_bytes(path)
+    _check_frame(path, data[:_HEAD], data[-_TAIL:], not data)
     # the orientation is refused by check_file; here it is ignored, so that the pixels never turn silently
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -175,12 +182,11 @@ def read_image(path: Path) -> np.ndarray:
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def read_label_values(path: Path, data: bytes | None = None) -> np.ndarray:
+def read_label_values(path: Path) -> np.ndarray:
     """uint8 [H, W], the values as they stand in the file (of a palette PNG: the indices)."""
-    if data is None:
-        data = _read_bytes(path)
-    kind = _check_frame(path, data[:16], data[-_TAIL:], not data)
-    _check_label_header(path, kind, data[:26])
+    data = read_bytes(path)
+    kind = _check_frame(path, data[:_HEAD], data[-_TAIL:], not data)
+    _label_header(path, kind, data[:_HEAD])
     image = _open(path, io.BytesIO(data))
     try:
         values = np.asarray(image)
