@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import os
 import re
@@ -74,6 +75,7 @@ def list_keys(cls: type, prefix: str = "", instance: Any = None) -> Iterator[Key
             yield from list_keys(group, name + ".", default if dataclasses.is_dataclass(default) else None)  # type: ignore[arg-type]
 
 
+@functools.cache
 def _field_docstrings(cls: type) -> dict[str, str]:
     """Field name -> the string literal that follows it, in the class and those it inherits from."""
     found: dict[str, str] = {}
@@ -394,7 +396,9 @@ def _escaped(value: Any) -> Any:
         return {name: _escaped(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_escaped(item) for item in value]
-    return value.replace("${", "\\${") if isinstance(value, str) else value
+    if isinstance(value, str):  # backslashes right before `${` are escapes themselves, elsewhere they are not
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    return value
 
 
 def save(config: Any, path: str | os.PathLike[str]) -> None:
