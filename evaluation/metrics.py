@@ -3,7 +3,7 @@
 Counts add up exactly, so the scores depend neither on the order of the images nor on the number of processes.
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +12,6 @@ from torch import Tensor
 
 IGNORE_INDEX = 255
 BLOCK_ELEMENTS = 4 * 2**20  # floats of upsampled logits that exist at once: 16 MiB
-
-Matrix = TypeVar("Matrix", np.ndarray, Tensor)
 
 
 @torch.no_grad()
@@ -103,7 +101,7 @@ class ConfusionMatrix:
         return self.matrix
 
 
-def scores(matrix: Matrix) -> dict[str, Any]:
+def scores(matrix: np.ndarray | Tensor) -> dict[str, Any]:
     """Scores of a confusion matrix of counts [C, C], rows truth, NumPy or tensor.
 
     `iou`: intersection over union of each class, float64 [C] of the same kind as the input (a tensor's on the

@@ -93,7 +93,7 @@ def significant(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """42 -> 42 s, 754 -> 12.6 min, 7200 -> 2.00 h."""
-    for limit, divisor, unit in ((59.95, 1, "s"), (3597, 60, "min")):
+    for limit, divisor, unit in ((60, 1, "s"), (3600, 60, "min")):
         if seconds < limit:
             return f"{significant(seconds / divisor)} {unit}"
     return f"{significant(seconds / 3600)} h"

@@ -34,8 +34,8 @@ Violations = Iterator[tuple[int, str]]
 def sources() -> list[Path]:
     """Every Python file of the project, with tests, benchmarks and the notebooks' pairs."""
     folders = [p for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in SKIPPED]
-    inside = (path for folder in folders for path in folder.rglob("*.py") if ".ipynb_checkpoints" not in path.parts)
-    return sorted([*ROOT.glob("*.py"), *inside])
+    inside = [path for folder in folders for path in folder.rglob("*.py")]
+    return sorted(path for path in [*ROOT.glob("*.py"), *inside] if ".ipynb_checkpoints" not in path.parts)
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -1,6 +1,7 @@
 """The confusion matrix and its scores: against torchmetrics, by hand, and their invariants."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_agrees_with_torchmetrics_with_void_pixels_and_an_absent_class() -> None
         all_labels.append(labels)
     predictions, labels = torch.cat(all_predictions), torch.cat(all_labels)
     result = scores(counted.matrix)
-    options = {"num_classes": classes, "ignore_index": 255}
+    options: dict[str, Any] = {"num_classes": classes, "ignore_index": 255}
     per_class = multiclass_jaccard_index(predictions, labels, average="none", **options)
     present = [c for c in range(classes) if c != 5]
     np.testing.assert_allclose(result["iou"][present], per_class[present], rtol=1e-6)
@@ -108,7 +109,7 @@ def test_prediction_never_holds_the_whole_map(monkeypatch: pytest.MonkeyPatch) -
     sizes: list[int] = []
     interpolate = F.interpolate
 
-    def watched(*arguments, **options):  # type: ignore[no-untyped-def]
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
         result = interpolate(*arguments, **options)
         sizes.append(result.numel())
         return result
