@@ -115,7 +115,9 @@ def test_three_significant_digits(value: float, text: str) -> None:
     assert significant(value) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.5, "0.500 s"), (754, "12.6 min"), (3599, "60.0 min"), (5400, "1.50 h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(42, "42.0 s"), (754, "12.6 min"), (3599, "60.0 min"), (5400, "1.50 h")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
