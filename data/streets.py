@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 
 from data.streets_sprites import (
-    IGNORE, NONE, PAINTERS, ROAD, SIDEWALK, SKY, TERRAIN, Colour, Dice, Sprite, sprite,
+    EDGE, IGNORE, ROAD, SIDEWALK, SKY, SOLID, TERRAIN, Colour, Dice, sprite,
 )  # fmt: skip
 
-NEAR, FAR, CHUNK = 1.0, 150.0, 40.0  # metres
-SKY_DISTANCE = 500.0
-HALF, CELLS = 30.0, 20  # the street's cross-section spans ±HALF metres, with so many cells to the metre
+NEAR, FAR, CHUNK = 1.0, 119.0, 40.0  # metres
+SKY_DISTANCE, SKYLINE = 500.0, -1.0  # the skyline's z is no place: it goes with the camera
+HALF, CELLS = 24.0, 20  # the street's cross-section spans ±HALF metres, with so many cells to the metre
 PLAIN, DASHED, ZEBRA, STOP, JUNCTION = range(5)  # kinds of cross-section
 
 
@@ -29,15 +29,16 @@ class Panel(NamedTuple):
 
     kind: str
     variant: int
+    tint: Colour
     x0: float
-    z0: float
     x1: float
+    z0: float
     z1: float
     top: float
-    tint: Colour
     vx: float = 0.0
     vz: float = 0.0
     shadow: float = 0.0  # width of its shadow on the ground
+    back: int = 0  # ±1 if it shows its face only to a camera on that side of it
 
 
 @dataclass
@@ -53,13 +54,13 @@ class World:
 
     def __post_init__(self) -> None:
         dice = self.dice
-        self.focal, self.eye, self.horizon = dice(0.85, 1.15), dice(1.15, 1.75), dice(0.36, 0.52)
+        self.focal, self.eye, self.horizon = dice(0.85, 1.15), dice(1.15, 1.75), dice(0.34, 0.48)
         self.speed = dice(0.25, 0.7)  # metres a frame
         self.bend, self.bend_length, self.bend_phase = dice(0, 7), dice(35, 90), dice(0, 6.3)
         self.yaw, self.shift = dice(-0.04, 0.04), dice(-0.5, 0.5)
         self.lane = dice(2.9, 3.6)
         self.oncoming, self.same = dice.pick([1, 2, 0], [5, 2, 2]), dice.pick([0, 1], [4, 1])
-        self.parking = {side: 2.2 if dice.chance(0.5) else 0.0 for side in (-1, 1)}
+        self.parking = {side: 2.2 if dice.chance(0.42) else 0.0 for side in (-1, 1)}
         self.kerb = {1: self.lane * (0.5 + self.same) + self.parking[1],
                      -1: self.lane * (0.5 + self.oncoming) + self.parking[-1]}  # fmt: skip
         self.verge = {side: dice(0.8, 2.5) if dice.chance(0.4) else 0.0 for side in (-1, 1)}
@@ -68,6 +69,7 @@ class World:
         self.town = dice.pick([(8, 1, 1, 1), (4, 3, 2, 2), (1.5, 5, 2, 2)], [5, 3, 2])  # building, park, wall, fence
         self.busy, self.crowd = dice(0.1, 1), dice(0, 1) ** 2
         self.rails = dice.chance(0.14) and self.oncoming > 0
+        self.lanes = {k: dice(0.9, 1.25) * self.speed * (-1 if k < 0 else 1) for k in range(-self.oncoming, self.same + 1)}
         self.light = _light(dice)
         self.sections, self.labels = _cross_sections(self)
         self.bonnet = dice.chance(0.35)
@@ -83,19 +85,18 @@ class World:
         for chunk in range(int((FAR + travel) / CHUNK) + 1):
             _chunk(self, Dice(self.seed, self.index, 1, chunk), chunk * CHUNK)
         dice = Dice(self.seed, self.index, 2)
-        for k in range(-3, 3):  # what closes the view; it goes with the camera
-            self.panels.append(Panel("skyline", dice.below(12), k * 50, -1, k * 50 + 60, -1, dice(14, 30),
-                                     _grey(dice, 0.5, 1)))  # fmt: skip
+        for k in range(-2, 2):  # what closes the view
+            _across(self, "skyline", dice.below(12), k * 55 + 30, 65, SKYLINE, dice(14, 30), _grey(dice, 0.5, 1))
 
 
 def _light(dice: Dice) -> dict:
     """Time of day and weather: colours multiply the picture, so every class shares the same range of them."""
     hour = dice.pick(["day", "overcast", "low sun", "dusk"], [5, 4, 2, 1.5])
-    level = {"day": dice(0.85, 1.25), "overcast": dice(0.65, 1.0), "low sun": dice(0.7, 1.1), "dusk": dice(0.25, 0.5)}
+    level = {"day": dice(1.0, 1.45), "overcast": dice(0.75, 1.15), "low sun": dice(0.8, 1.25), "dusk": dice(0.3, 0.6)}
     warm = {"day": dice(-0.05, 0.08), "overcast": dice(-0.08, 0.04), "low sun": dice(0.08, 0.25),
             "dusk": dice(-0.2, 0.0)}[hour]  # fmt: skip
     top, low = {
-        "day": ((dice(70, 150), dice(120, 180), dice(190, 235)), (dice(190, 225), dice(205, 230), dice(215, 240))),
+        "day": ((dice(60, 140), dice(115, 175), dice(195, 240)), (dice(190, 225), dice(205, 230), dice(215, 240))),
         "overcast": (dice.grey(140, 215, 8), dice.grey(190, 240, 6)),
         "low sun": ((dice(110, 160), dice(130, 170), dice(170, 215)), (dice(235, 255), dice(190, 225), dice(130, 190))),
         "dusk": ((dice(25, 70), dice(35, 80), dice(70, 120)), (dice(90, 190), dice(80, 130), dice(90, 130))),
@@ -116,8 +117,8 @@ def _light(dice: Dice) -> dict:
 
 
 def _grey(dice: Dice, low: float, high: float, spread: float = 0.06) -> Colour:
-    value = dice(low, high)
-    return value * (1 + dice(-spread, spread)), value, value * (1 + dice(-spread, spread))
+    value, warmth = dice(low, high), dice(-spread, spread)
+    return value * (1 + warmth), value, value * (1 - warmth)
 
 
 def _house(dice: Dice) -> Colour:
@@ -132,13 +133,13 @@ def _livery(dice: Dice) -> Colour:
 
 
 def _cross_sections(world: World) -> tuple[np.ndarray, np.ndarray]:
-    """Colours uint8 [3 sharpnesses × 5 kinds, cells, 3] and labels [5, cells] over x, the look of the ground."""
+    """Colours uint8 [3 sharpnesses × 5 kinds, cells, 4] and labels [5, cells] over x, the look of the ground."""
     dice, n = world.dice, int(2 * HALF * CELLS)
-    colours, labels = np.zeros((5, n, 3), np.float32), np.zeros((5, n), np.uint8)
+    colours, labels = np.zeros((5, n, 4), np.uint8), np.zeros((5, n), np.uint8)
 
     def strip(low: float, high: float, colour: Colour, label: int, kinds: slice = slice(None)) -> None:
         cells = slice(max(0, round((low + HALF) * CELLS)), max(0, round((high + HALF) * CELLS)))
-        colours[kinds, cells], labels[kinds, cells] = colour, label
+        colours[kinds, cells], labels[kinds, cells] = (*(min(255, v) for v in colour), 0), label
 
     asphalt, slabs = dice.grey(62, 140, 6), dice.grey(85, 190, 12)
     grass = dice.pick([(88, 116, 54), (112, 120, 66), (74, 96, 50), (138, 122, 84), (120, 104, 80)])
@@ -146,7 +147,7 @@ def _cross_sections(world: World) -> tuple[np.ndarray, np.ndarray]:
     for side in (-1, 1):
         edge, green, line = world.kerb[side], world.kerb[side] + world.verge[side], world.line[side]
         lot = (grass, TERRAIN) if dice.chance(0.7) else (slabs, SIDEWALK)
-        kerbstone = [min(255, v * dice(1.0, 1.35)) for v in slabs]
+        kerbstone = [v * dice(1.0, 1.35) for v in slabs]
         kinds = slice(PLAIN, JUNCTION)
         for low, high, colour, label in ((edge, edge + 0.2, kerbstone, SIDEWALK), (edge + 0.2, green, grass, TERRAIN),
                                          (max(green, edge + 0.2), line, slabs, SIDEWALK), (line, HALF, *lot)):
@@ -171,8 +172,7 @@ def _cross_sections(world: World) -> tuple[np.ndarray, np.ndarray]:
         for x in (-0.72, 0.72):
             x -= world.lane * world.oncoming
             strip(x - 0.07, x + 0.07, [v * 0.6 for v in asphalt], ROAD)
-    sharp = np.clip(colours, 0, 255).astype(np.uint8)
-    return np.concatenate([sharp, cv2.blur(sharp, (5, 1)), cv2.blur(sharp, (17, 1))]), labels
+    return np.concatenate([colours, cv2.blur(colours, (5, 1)), cv2.blur(colours, (17, 1))]), labels
 
 
 def _chunk(world: World, dice: Dice, start: float) -> None:
@@ -194,20 +194,19 @@ def _chunk(world: World, dice: Dice, start: float) -> None:
     for side in (-1, 1):
         _lots(world, dice, side, begin, end)
         _kerbside(world, dice, side, begin, end)
-    for lane in range(-world.oncoming, world.same + 1):
-        z = start + dice(8, 45) / (0.4 + world.busy)
+    for lane, speed in world.lanes.items():
+        z = start + dice(6, 60) / (0.4 + world.busy)
         rail = world.rails and lane == -world.oncoming
-        speed = Dice(world.seed, world.index, 3, 8 + lane)(0.9, 1.25) * world.speed * (-1 if lane < 0 else 1)
         while z < end - 6:
             kind = "train" if rail and dice.chance(0.5) else dice.pick(["car", "truck", "bus", "cyclist", "biker"],
-                                                                       [24, 1.6, 1.3, 0.7, 0.7])  # fmt: skip
+                                                                       [24, 0.9, 0.7, 0.5, 0.6])  # fmt: skip
             x = lane * world.lane + dice(-0.3, 0.3)
             if kind in ("cyclist", "biker"):
                 x += dice(0.3, 1.2) * (1 if lane >= 0 else -1)
                 _flat(world, dice, f"{kind} rear", 12, x, z, _grey(dice, 0.7, 1.1), vz=speed)
                 z += 6
             else:
-                z += _box(world, dice, kind, x, z, lane < 0, vz=speed) + dice(4, 40) / (0.4 + world.busy)
+                z += _box(world, dice, kind, x, z, lane < 0, vz=speed) + dice(5, 50) / (0.4 + world.busy)
 
 
 def _lots(world: World, dice: Dice, side: int, z: float, end: float) -> None:
@@ -250,20 +249,20 @@ def _kerbside(world: World, dice: Dice, side: int, z: float, end: float) -> None
     if world.trees[side]:
         for at in np.arange(z + dice(0, 5), end, world.trees[side]):
             _plant(world, dice, side * (kerb + 0.3 + world.verge[side] / 2), float(at), dice(0.6, 1.1))
-    for kind, variants, mean in (("lamp", 12, 1.7), ("sign", 36, 1.8), ("light", 12, 0.4), ("clutter", 20, 1.0)):
+    for kind, variants, mean in (("lamp", 12, 1.0), ("sign", 36, 1.0), ("light", 12, 0.3), ("clutter", 20, 0.7)):
         while dice.chance(mean / (1 + mean)):
             _stand(world, dice, kind, variants, side * (kerb + dice(0.3, 0.7)), dice(z, end))
     if world.parking[side]:
         at = z + dice(0, 8)
         while at < end - 8:
-            kind = dice.pick(["car", "truck"], [30, 1])
-            at += _box(world, dice, kind, side * (kerb - 1.1), at, side < 0) + dice(0.8, 9)
-    while dice.chance(0.25 + 0.65 * world.crowd):
+            kind = dice.pick(["car", "truck"], [50, 1])
+            at += _box(world, dice, kind, side * (kerb - 1.1), at, side < 0) + dice(0.8, 13)
+    while dice.chance(0.35 + 0.5 * world.crowd):
         x, walk = side * dice(kerb + 0.3, line - 0.3), dice(-0.08, 0.08) * dice.chance(0.7)
         at = dice(z, end)
         for _ in range(1 + dice.below(3) * dice.chance(0.4)):
             _person(world, dice, x + dice(-0.5, 0.5), at + dice(0, 0.6), vz=walk)
-    while dice.chance(0.28):
+    while dice.chance(0.33):
         kind, view = dice.pick(["bicycle", "motorcycle"], [3, 1]), dice.pick(["side", "rear"])
         _flat(world, dice, f"{kind} {view}", 8, side * dice(kerb + 0.3, line - 0.2), dice(z, end), _grey(dice, 0.6, 1.2))
     if dice.chance(0.25):
@@ -283,12 +282,12 @@ def _crossing(world: World, dice: Dice, z: float) -> None:
 
 def _across(world: World, kind: str, variant: int, x: float, width: float, z: float, top: float, tint: Colour,
             vx: float = 0.0, vz: float = 0.0, shadow: float = 0.0) -> None:  # fmt: skip
-    world.panels.append(Panel(kind, variant, x - width / 2, z, x + width / 2, z, top, tint, vx, vz, shadow))
+    world.panels.append(Panel(kind, variant, tint, x - width / 2, x + width / 2, z, z, top, vx, vz, shadow))
 
 
 def _along(world: World, kind: str, variant: int, x: float, z0: float, z1: float, top: float, tint: Colour,
-           vz: float = 0.0) -> None:  # fmt: skip
-    world.panels.append(Panel(kind, variant, x, z0, x, z1, top, tint, 0.0, vz))
+           vz: float = 0.0, back: int = 0) -> None:  # fmt: skip
+    world.panels.append(Panel(kind, variant, tint, x, x, z0, z1, top, 0.0, vz, 0.0, back))
 
 
 def _flat(world: World, dice: Dice, kind: str, variants: int, x: float, z: float, tint: Colour, *, size: float = 1.0,
@@ -311,7 +310,7 @@ def _person(world: World, dice: Dice, x: float, z: float, *, vx: float = 0.0, vz
 
 def _plant(world: World, dice: Dice, x: float, z: float, size: float) -> None:
     kind, variants = dice.pick([("tree", 36), ("bush", 16)], [3, 1])
-    _flat(world, dice, kind, variants, x, z, _grey(dice, 0.55, 1.15, 0.15), size=size)
+    _flat(world, dice, kind, variants, x, z, _grey(dice, 0.6, 1.2, 0.15), size=size)
 
 
 def _box(world: World, dice: Dice, kind: str, x: float, z: float, towards: bool, vz: float = 0.0) -> float:
@@ -321,8 +320,9 @@ def _box(world: World, dice: Dice, kind: str, x: float, z: float, towards: bool,
     _across(world, f"{kind} {'front' if towards else 'rear'}", variant, x, end.width, z, end.height, tint, 0, vz,
             end.width * 1.25)  # fmt: skip
     near, far = (z + flank.width, z) if towards else (z, z + flank.width)
-    for side in (-0.5, 0.5):
-        _along(world, f"{kind} side", variant, x + side * end.width, near, far, flank.height, [v * 0.85 for v in tint], vz)
+    for side in (-1, 1):
+        _along(world, f"{kind} side", variant, x + side * end.width / 2, near, far, flank.height,
+               [v * 0.85 for v in tint], vz, side)  # fmt: skip
     return flank.width
 
 
@@ -362,9 +362,13 @@ def _camera(world: World, height: int, width: int, frame: int) -> Camera:
                   world.horizon * height + nod * width)  # fmt: skip
 
 
+_ROUGHNESS = np.full(256, 0.1, np.float32)  # how strongly the grain shows on each class of ground
+_ROUGHNESS[[TERRAIN, SIDEWALK]] = 0.3, 0.14
+
+
 @dataclass
 class Frame:
-    image: np.ndarray  # uint8 [h, w, 4], the fourth channel the light given off
+    image: np.ndarray  # uint8 [h, w, 4], what the fourth channel has above SOLID is light given off
     label: np.ndarray  # uint8 [h, w]
     nearness: np.ndarray  # float32 [h, w], one over the distance
 
@@ -386,7 +390,7 @@ def _backdrop(world: World, camera: Camera, height: int, width: int) -> Frame:
                                borderMode=cv2.BORDER_WRAP)  # fmt: skip
         sky = sky + (np.maximum(cloud + 0.1, -0.2) * light["clouds"])[..., None]
         # The picture is multiplied by the ambient light at the end; the sky shines by itself.
-        image[:split, :, :3] = np.clip(sky / np.maximum(light["ambient"], 0.3) * 0.85, 0, 255)
+        image[:split, :, :3] = np.clip(sky / np.maximum(light["ambient"], 0.3) * 0.95, 0, 255)
     if split == height:
         return Frame(image, label, nearness)
     rows = np.arange(split, height, dtype=np.float32) + 0.5 - camera.horizon
@@ -397,33 +401,36 @@ def _backdrop(world: World, camera: Camera, height: int, width: int) -> Frame:
     kind = np.where(z % (world.dash + world.gap) < world.dash, DASHED, PLAIN)
     for low, high, band in world.bands:
         kind[(z >= low) & (z < high)] = band
-    cell = np.clip((x + HALF) * CELLS, 0, 2 * HALF * CELLS - 1)
-    label[split:] = world.labels[kind[:, None], cell.astype(np.int32)]
+    cell = (x + HALF) * CELLS - 0.5
+    np.clip(cell, 0, 2 * HALF * CELLS - 1, out=cell)
     blurred = np.clip(np.log2(depth * CELLS / camera.focal) / 2 + 1, 0, 2).astype(np.int32)
-    section = np.broadcast_to((kind + 5 * blurred).astype(np.float32)[:, None], x.shape)
-    ground = cv2.remap(world.sections, cell - 0.5, section, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    along = np.broadcast_to((z * 20 % 512).astype(np.float32)[:, None], x.shape)
-    texture = cv2.remap(grain, x * 20 + 256, along, cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP)
-    strength = np.full(256, 0.1, np.float32)
-    strength[TERRAIN], strength[SIDEWALK] = 0.3, 0.14
-    shade = 1 + texture * strength[label[split:]] * np.minimum(1, 18 / depth)[:, None]
-    shade *= 1 - light["shadow"] * _shadows(world, camera, split, x, z)
-    image[split:, :, :3] = np.clip(ground * shade[..., None], 0, 255)
+    across = np.ones(width, np.float32)
+    ground = cv2.remap(world.sections, cell, np.outer((kind + 5 * blurred).astype(np.float32), across), cv2.INTER_LINEAR)
+    label[split:] = cv2.remap(world.labels, cell, np.outer(kind.astype(np.float32), across), cv2.INTER_NEAREST)
+    texture = cv2.remap(grain, x * 20 + 256, np.outer((z * 20 % 512).astype(np.float32), across), cv2.INTER_LINEAR,
+                        borderMode=cv2.BORDER_WRAP)  # fmt: skip
+    shade = cv2.LUT(label[split:], _ROUGHNESS)
+    shade *= texture
+    shade *= np.minimum(1, 18 / depth)[:, None]
+    shade += 1
+    if world.light["shadow"]:
+        shade[_shadowed(world, x, z)] *= 1 - world.light["shadow"]
+    image[split:] = cv2.multiply(ground, cv2.merge([shade] * 4), dtype=cv2.CV_8U)
     nearness[split:] = (1 / depth)[:, None]
     return Frame(image, label, nearness)
 
 
-def _shadows(world: World, camera: Camera, split: int, x: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """What lies in the shadow of the houses on the sunny side: float32 0 or 1 like x."""
+def _shadowed(world: World, x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """The ground in the shadow of the houses on the sunny side: bool like x."""
     side = world.light["sun"]
     reach = np.zeros(len(z), np.float32)
     for low, high, where, top in world.facades:
         if where == side:
             reach[(z >= low) & (z < high)] = top * world.light["reach"]
-    return (x * side > (world.line[side] - reach)[:, None]).astype(np.float32)
+    return x * side > (world.line[side] - reach)[:, None]
 
 
-def _blobs(world: World, camera: Camera, frame: Frame, boxes: np.ndarray) -> None:
+def _shadows_below(world: World, camera: Camera, frame: Frame, boxes: np.ndarray) -> None:
     """Soft dark spots under things: boxes [n, 3] of lateral position, depth and width."""
     mask = np.zeros(frame.label.shape, np.uint8)
     for x, depth, wide in boxes.tolist():
@@ -433,8 +440,7 @@ def _blobs(world: World, camera: Camera, frame: Frame, boxes: np.ndarray) -> Non
         if -500 < centre[0] < frame.label.shape[1] + 500 and wide * scale > 2:
             cv2.ellipse(mask, (round(centre[0] * 8), round(centre[1] * 8)),
                         (round(wide / 2 * scale * 8), max(8, round(flat * 8))), 0, 0, 360, 255, -1, shift=3)  # fmt: skip
-    ground = frame.image[..., :3]
-    ground[mask > 0] = (ground[mask > 0] * (0.75 - 0.5 * world.light["shadow"])).astype(np.uint8)
+    cv2.copyTo(cv2.convertScaleAbs(frame.image, alpha=0.75 - 0.5 * world.light["shadow"]), mask, frame.image)
 
 
 def _project(world: World, camera: Camera, frame: Frame, time: int) -> None:
@@ -444,97 +450,99 @@ def _project(world: World, camera: Camera, frame: Frame, time: int) -> None:
     q·t for its row: one homography a panel, computed for all of them at once.
     """
     panels, (height, width) = world.panels, frame.label.shape
-    sharpness = 1 if width <= 640 else 2 if width <= 1280 else 4
-    looks: list[Sprite] = [sprite(p.kind, p.variant % PAINTERS[p.kind][1], sharpness) for p in panels]
-    ends = np.array([(p.x0, p.x1, p.z0, p.z1, p.top, p.vx, p.vz, p.shadow) for p in panels])
-    x, z = ends[:, 0:2] + ends[:, 5:6] * time, ends[:, 2:4] + ends[:, 6:7] * time
-    top = ends[:, 4]
-    far = z[:, :1] < -0.5 + ends[:, 6:7] * time
-    depth = np.where(far, FAR * 1.3, z - camera.z)
-    lateral = np.where(far, x, x + world.path(z) - camera.x - camera.heading * depth)
-    s = np.tile([0.0, 1.0], (len(panels), 1))
-    steps = depth[:, ::-1] - depth
-    cut = np.where((depth < NEAR) & (depth[:, ::-1] > NEAR), (NEAR - depth) / np.where(steps == 0, 1, steps), 0)
-    lateral, s = lateral + cut * (lateral[:, ::-1] - lateral), s + cut * (s[:, ::-1] - s)
-    depth = depth + cut * steps
-    seen = (depth.min(1) > NEAR - 1e-6) & ((depth.min(1) < FAR) | far[:, 0])
-    shadows = np.stack([lateral.mean(1), depth.mean(1), ends[:, 7]], 1)
-    _blobs(world, camera, frame, shadows[seen & (ends[:, 7] > 0) & (depth.min(1) < 60)])
-    q = 1 / np.maximum(depth, NEAR / 2)
+    ends = np.array([panel[3:] for panel in panels])
+    x, z, top = ends[:, 0:2] + ends[:, 5:6] * time, ends[:, 2:4] + ends[:, 6:7] * time, ends[:, 4]
+    shadow, back, distant = ends[:, 7], ends[:, 8], ends[:, 2] == SKYLINE
+    depth = np.where(distant[:, None], FAR * 1.3, z - camera.z)
+    lateral = np.where(distant[:, None], x, x + world.path(z) - camera.x - camera.heading * depth)
+    seen = (depth.max(1) > NEAR) & (distant | (depth.min(1) < FAR)) & (back * lateral.mean(1) <= 0)
+    _shadows_below(world, camera, frame, np.stack([lateral.mean(1), depth.mean(1), shadow], 1)[
+        seen & (shadow > 0) & (depth.min(1) > NEAR) & (depth.min(1) < 60)])  # fmt: skip
+    step = depth[:, ::-1] - depth  # cut off what is behind the camera
+    cut = np.where(depth < NEAR, (NEAR - depth) / np.where(step == 0, 1, step), 0)
+    lateral, s = lateral + cut * (lateral[:, ::-1] - lateral), [0.0, 1.0] + cut * [1.0, -1.0]
+    q = 1 / np.maximum(depth + cut * step, NEAR / 2)
     u = camera.cx + camera.focal * lateral * q
-    facing = np.abs(depth[:, 0] - depth[:, 1]) < 1e-6
-    thin = facing & (np.abs(u[:, 1] - u[:, 0]) < 1.2)
+    thin = (step[:, 0] == 0) & (np.abs(u[:, 1] - u[:, 0]) < 1.2)
     u[thin] = u[thin].mean(1, keepdims=True) + [-0.6, 0.6]
-    span = u[:, 1] - u[:, 0]
-    high = camera.focal * top * q.max(1)
-    low_v = camera.horizon + camera.focal * world.eye * q
-    high_v = low_v - camera.focal * top[:, None] * q
-    left, right = np.floor(u.min(1)), np.ceil(u.max(1))
-    up, down = np.floor(high_v.min(1)), np.ceil(low_v.max(1))
-    seen &= (np.abs(span) > 0.4) & (high > 1.5) & (right > 0) & (left < width) & (down > 0) & (up < height)
-    span = np.where(span == 0, 1, span)
+    span, tall = u[:, 1] - u[:, 0], camera.focal * top
+    foot = camera.horizon + camera.focal * world.eye * q
+    left, right = np.floor(u.min(1)).clip(0).astype(int), np.ceil(u.max(1)).clip(max=width).astype(int)
+    up = np.floor((foot - tall[:, None] * q).min(1)).clip(0).astype(int)
+    down = np.ceil(foot.max(1)).clip(max=height).astype(int)
+    area = np.abs(span) * tall * q.mean(1)
+    order = np.flatnonzero(seen & (np.abs(span) > 0.5) & (area > 14) & (right > left) & (down > up))
+    order = order[np.argsort(-q[order].max(1))]
+
+    sharpness = 1 if width <= 640 else 2 if width <= 1280 else 4
+    looks = []
+    for k in order.tolist():
+        levels = sprite(panels[k].kind, panels[k].variant, sharpness).levels
+        looks.append(levels[min(len(levels) - 1, max(0, round(math.log2(levels[0][0].size / 4 / area[k]) / 2)))])
     # Rows of the homography from (u, v, 1): texture column, texture row, and the nearness that divides both.
-    dq, ds = (q[:, 1] - q[:, 0]) / span, (s[:, 1] * q[:, 1] - s[:, 0] * q[:, 0]) / span
-    maps = np.zeros((len(panels), 3, 3))
-    maps[:, 2, 0], maps[:, 2, 2] = dq, q[:, 0] - dq * u[:, 0]
-    maps[:, 0, 0], maps[:, 0, 2] = ds, s[:, 0] * q[:, 0] - ds * u[:, 0]
-    tall = camera.focal * top
+    q, u, s, span, tall = q[order], u[order], s[order], span[order], tall[order]
+    maps = np.zeros((len(order), 3, 3))
+    for row, (start, end) in ((2, q.T), (0, (s * q).T)):
+        maps[:, row, 0] = (end - start) / span
+        maps[:, row, 2] = start - maps[:, row, 0] * u[:, 0]
     maps[:, 1, 1], maps[:, 1, 2] = 1 / tall, -camera.horizon / tall
-    maps[:, 1] -= ((world.eye - top) / top)[:, None] * maps[:, 2]
-    left, right = np.maximum(left, 0).astype(int), np.minimum(right, width).astype(int)
-    up, down = np.maximum(up, 0).astype(int), np.minimum(down, height).astype(int)
-    maps[:, :, 2] += maps[:, :, 0] * (left + 0.5)[:, None] + maps[:, :, 1] * (up + 0.5)[:, None]
-    canvas, label = frame.image.view(np.uint32)[..., 0], frame.label
-    columns = np.arange(width)
-    for k in np.flatnonzero(seen)[np.argsort(-q[seen].max(1))].tolist():
-        box = slice(up[k], down[k]), slice(left[k], right[k])
-        near = (maps[k, 2, 2] + maps[k, 2, 0] * columns[: right[k] - left[k]]).astype(np.float32)
-        before = frame.nearness[box]
+    maps[:, 1] -= (world.eye / top[order] - 1)[:, None] * maps[:, 2]
+    maps[:, :, 2] += maps[:, :, 0] * (left[order] + 0.5)[:, None] + maps[:, :, 1] * (up[order] + 0.5)[:, None]
+    nearness = maps[:, 2].astype(np.float32)
+    maps[:, :2] *= np.array([(image.shape[1] - 2, image.shape[0] - 2) for image, _ in looks]).reshape(-1, 2, 1)
+    maps[:, :2] += 0.5 * maps[:, 2:]  # the border of one pixel less half a pixel to its centre
+    tints = np.zeros((len(order), 4, 4))
+    tints[:, range(4), range(4)] = [(*panels[k].tint, 1.0) for k in order.tolist()]
+
+    canvas, label, columns = frame.image.view(np.uint32)[..., 0], frame.label, np.arange(width, dtype=np.float32)
+    boxes = np.stack([left, right, up, down], 1)[order].tolist()
+    for (image, codes), (x0, x1, y0, y1), (slope, _, first), matrix, tint in zip(
+        looks, boxes, nearness, maps, tints, strict=True
+    ):
+        box, size = (slice(y0, y1), slice(x0, x1)), (x1 - x0, y1 - y0)
+        near, before = columns[: x1 - x0] * slope + first, frame.nearness[box]
         visible = before < near
         if not visible.any():
             continue
-        shrink = math.sqrt(looks[k].levels[0][1].size / max(1.0, abs(span[k]) * high[k]))
-        image, codes = looks[k].levels[min(len(looks[k].levels) - 1, max(0, round(math.log2(shrink))))]
-        matrix = maps[k].copy()
-        matrix[0], matrix[1] = matrix[0] * codes.shape[1] - 0.5 * matrix[2], matrix[1] * codes.shape[0] - 0.5 * matrix[2]
-        size = right[k] - left[k], down[k] - up[k]
-        code = cv2.warpPerspective(codes, matrix, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
-                                   borderMode=cv2.BORDER_CONSTANT, borderValue=NONE)  # fmt: skip
-        visible &= code != NONE
-        pixels = cv2.warpPerspective(image, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                                     borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
-        pixels = cv2.transform(pixels, np.diag([*panels[k].tint, 1.0]))
-        np.copyto(canvas[box], pixels.view(np.uint32)[..., 0], where=visible)
-        np.copyto(label[box], code, where=visible)
+        pixels = cv2.warpPerspective(image, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+        visible &= pixels[..., 3] >= EDGE
+        if isinstance(codes, np.ndarray):
+            codes = cv2.warpPerspective(codes, matrix, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
+        np.copyto(canvas[box], cv2.transform(pixels, tint).view(np.uint32)[..., 0], where=visible)
+        np.copyto(label[box], codes, where=visible)
         np.copyto(before, near, where=visible)
 
 
 def _develop(world: World, frame: Frame, dice: Dice) -> np.ndarray:
     """Light, haze, lamps, lens and sensor: uint8 [h, w, 3]."""
-    light = world.light
-    height, width = frame.label.shape
-    image = frame.image[..., :3].astype(np.float32)
-    lamp = frame.image[..., 3:].astype(np.float32) * (light["lamps"] / 255)
-    clear = cv2.exp(-light["haze"] / frame.nearness)[..., None]
-    clear[frame.label == SKY] = max(0.0, 1 - light["haze"] * 25)
+    light, (height, width) = world.light, frame.label.shape
+    gain, contrast = light["ambient"], light["contrast"]
+    image = cv2.cvtColor(frame.image, cv2.COLOR_RGBA2RGB).astype(np.float32)
+    shining = np.nonzero(frame.image[..., 3] > SOLID)
+    lamp = (frame.image[shining][:, 3:] - np.float32(SOLID)) * (light["lamps"] / (255 - SOLID))
     if light["glow"]:
-        halo = cv2.GaussianBlur(image * lamp, (0, 0), width / 80)
-        image = image * (light["ambient"] + lamp) + halo
-    else:
-        image *= light["ambient"] + lamp
-    image = (image - light["fog"]) * clear + light["fog"]
-    image = (image - 110) * light["contrast"] + 110
+        halo = np.zeros_like(image)
+        halo[shining] = image[shining] * lamp
+        halo = cv2.GaussianBlur(halo, (0, 0), width / 80)
+    image[shining] *= 1 + lamp / gain
+    # (image·gain + halo − fog)·clear + fog, then the contrast about a middle grey
+    image = cv2.transform(image, np.column_stack([np.diag(gain * contrast), -light["fog"] * contrast]))
+    if light["glow"]:
+        image += halo * contrast
+    clear = cv2.exp(-light["haze"] / frame.nearness)
+    image = cv2.multiply(image, cv2.merge([clear] * 3))
+    offset = light["fog"] * contrast + 110 * (1 - contrast)
     if light["blur"] > 0.25:
         image = cv2.GaussianBlur(image, (0, 0), light["blur"] * max(1.0, width / 512))
-    noise = dice.rng.integers(0, 1 << 12)
-    image += _sensor(height, width)[noise % 61 : noise % 61 + height, noise // 61 : noise // 61 + width] * light["sensor"]
-    return np.clip(image, 0, 255).astype(np.uint8)
+    top, left = dice.below(64), dice.below(64)
+    image = cv2.scaleAdd(_sensor(height, width)[top : top + height, left : left + width], light["sensor"], image)
+    return cv2.add(image, (*offset.tolist(), 0.0), dtype=cv2.CV_8U)
 
 
 @lru_cache(maxsize=4)
 def _sensor(height: int, width: int) -> np.ndarray:
     """A sheet of noise, larger than the picture; each frame cuts its own piece."""
-    return np.random.default_rng(1).standard_normal((height + 68, width + 68, 3), dtype=np.float32)
+    return np.random.default_rng(1).standard_normal((height + 64, width + 64, 3), dtype=np.float32)
 
 
 def _bonnet(world: World, frame: Frame) -> None:

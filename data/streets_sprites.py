@@ -1,8 +1,9 @@
 """What the things of a procedural street look like: flat pictures with exact labels, drawn in metres.
 
 A sprite is drawn once per kind, variant and sharpness, kept with its smaller versions (mip levels), and tinted,
-stretched and projected anew for every object that wears it. Images are RGB plus a fourth channel, the light that
-the thing gives off by itself (lit windows, lamps); labels are trainIds, or NONE where the sprite is transparent.
+stretched and projected anew for every object that wears it. Images are RGB and a fourth channel for what can be
+seen and shines: 0 is transparent, SOLID is opaque, and what exceeds it is light that the thing gives off (lit
+windows, lamps). Labels are trainIds.
 """
 
 import zlib
@@ -16,7 +17,8 @@ import numpy as np
 (ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN, VEGETATION, TERRAIN, SKY, PERSON, RIDER,
  CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE) = range(19)  # fmt: skip
 IGNORE = 255
-NONE = 254
+NONE = 254  # on a canvas: nothing drawn yet
+SOLID, EDGE = 128, 56  # a pixel belongs to a thing from EDGE on: a little early, for the sake of thin things
 
 Colour = Sequence[float]
 GLASS, TYRE, DARK = (52, 60, 68), (26, 26, 28), (44, 44, 48)
@@ -53,8 +55,9 @@ class Dice:
         return options[-1]
 
     def grey(self, low: float, high: float, spread: float = 12) -> tuple[float, float, float]:
-        value = self(low, high)
-        return value + self(-spread, spread), value, value + self(-spread, spread)
+        """A dull colour, warmer or cooler than grey by at most `spread`."""
+        value, warmth = self(low, high), self(-spread, spread)
+        return value + warmth, value, value - warmth
 
     def paint(self) -> tuple[float, float, float]:
         """A colour as clothes and paint have it: mostly dull, sometimes bright."""
@@ -117,11 +120,15 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Sprite:
-    """Width and height in metres, and (image [h, w, 4], label [h, w]) from full size down to a few pixels."""
+    """Width and height in metres, and images [h, w, 4] with their labels from full size down to a few pixels.
+
+    The labels are one number where all is of one class, else [h, w], arbitrary where the image is transparent.
+    Each level has a border of one transparent pixel.
+    """
 
     width: float
     height: float
-    levels: list[tuple[np.ndarray, np.ndarray]]
+    levels: list[tuple[np.ndarray, np.ndarray | int]]
 
 
 Painter = Callable[[Dice, float], Canvas]
@@ -140,36 +147,41 @@ def painter(*kinds: str, variants: int) -> Callable[[Callable[..., Canvas]], Cal
     return register
 
 
+def sprite(kind: str, variant: int, sharpness: int = 1) -> Sprite:
+    """A variant (any number) of a kind, drawn at a sharpness that multiplies its resolution."""
+    return _sprite(kind, variant % PAINTERS[kind][1], sharpness)
+
+
 @lru_cache(maxsize=2048)
-def sprite(kind: str, variant: int, sharpness: int) -> Sprite:
-    """The views of one thing share their dice, so that the side of a car fits its rear."""
-    paint, variants = PAINTERS[kind]
-    dice = Dice(zlib.crc32(kind.partition(" ")[0].encode()), variant % variants)
+def _sprite(kind: str, variant: int, sharpness: int) -> Sprite:
+    # The views of one thing share their dice, so that the side of a car fits its rear.
+    dice, paint = Dice(zlib.crc32(kind.partition(" ")[0].encode()), variant), PAINTERS[kind][0]
     canvas = paint(dice, float(sharpness))
     return Sprite(canvas.width, canvas.height, _mip_levels(canvas))
 
 
-def _mip_levels(canvas: Canvas) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Halve until small. Colours are averaged over what is visible, labels by majority with a favour for thin things."""
-    label, solid = canvas.label, (canvas.label != NONE).astype(np.float32)
-    mean = canvas.image[label != NONE].mean(0)
-    premultiplied = canvas.image * solid[..., None]
-    votes = {int(c): (label == c).astype(np.float32) * (0.7 if c == NONE else 1.0) for c in np.unique(label)}
-    levels = []
+def _mip_levels(canvas: Canvas) -> list[tuple[np.ndarray, np.ndarray | int]]:
+    """Halve until small. Colours are averaged over what is solid; the commonest label wins."""
+    solid = (canvas.label != NONE).astype(np.float32)
+    mean = canvas.image[canvas.label != NONE].mean(0)
+    image = canvas.image * solid[..., None]  # premultiplied; the fourth channel is the glow alone
+    classes = [int(c) for c in np.unique(canvas.label) if c != NONE]
+    votes = [cv2.blur((canvas.label == c).astype(np.float32), (5, 5)) + (canvas.label == c) for c in classes]
+    levels: list[tuple[np.ndarray, np.ndarray | int]] = []
     while True:
         # Transparent pixels take the mean colour, or they would leave dark rims.
-        image = np.where(solid[..., None] > 0, premultiplied / np.maximum(solid, 1e-6)[..., None], mean)
-        codes = np.array(list(votes), np.uint8)
-        label = codes[np.argmax(np.stack(list(votes.values())), 0)]
-        levels.append((np.clip(np.rint(image), 0, 255).astype(np.uint8), label))
-        height, width = label.shape
+        level = np.where(solid[..., None] > 0, image / np.maximum(solid, 1e-6)[..., None], mean)
+        level[..., 3] = solid * SOLID + image[..., 3] * ((255 - SOLID) / 255)
+        level = cv2.copyMakeBorder(np.clip(np.rint(level), 0, 255).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+        level[:, [0, -1], 3] = level[[0, -1], :, 3] = 0
+        codes = np.array(classes, np.uint8)[np.argmax(np.stack(votes), 0)]
+        codes = cv2.copyMakeBorder(codes, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+        levels.append((level, codes if len(classes) > 1 else classes[0]))
+        height, width = solid.shape
         if min(height, width) <= 3 or max(height, width) <= 8:
             return levels
         half = (width + 1) // 2, (height + 1) // 2
-        solid, premultiplied, *rest = (
-            cv2.resize(a, half, interpolation=cv2.INTER_AREA) for a in (solid, premultiplied, *votes.values())
-        )
-        votes = dict(zip(votes, rest, strict=True))
+        solid, image, *votes = (cv2.resize(a, half, interpolation=cv2.INTER_AREA) for a in (solid, image, *votes))
 
 
 # Buildings and what stands beside a street
