@@ -169,8 +169,10 @@ def _merge_argument(config: Any, argument: str, keys: dict[str, Key], runs: str 
     name, equals, text = argument.partition("=")
     if argument.startswith("-"):
         plain = argument.lstrip("-")
-        raise ConfigurationError(f"{argument}: not an option; keys are written key=value without dashes, as in "
-                                 f"{plain if equals else 'seed=1'}; --help lists them")
+        raise ConfigurationError(
+            f"{argument}: not an option; keys are written key=value without dashes, as in "
+            f"{plain if equals else 'seed=1'}; --help lists them"
+        )
     if equals and re.fullmatch(r"\w+(\.\w+|\[\d+\])*", name):
         return _merge(config, _read_override(name, text, argument), keys, "", text)
     if argument in keys:
@@ -376,8 +378,9 @@ def _group_line(key: Key) -> str:
 
 
 def _wrap(text: str, indent: str, hang: int = 0) -> list[str]:
-    return textwrap.wrap(text, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent + " " * hang,
-                         break_on_hyphens=False)
+    return textwrap.wrap(
+        text, HELP_WIDTH, initial_indent=indent, subsequent_indent=indent + " " * hang, break_on_hyphens=False
+    )
 
 
 # --------------------------------------------------------------------------------------------------- saving
@@ -436,8 +439,10 @@ def machine_failure(error: BaseException) -> str | None:
         return f"{error.filename or 'disk'}: {error.strerror}; free some space, then go on with resume=true"
     text = _first_line(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        return f"train.batch_size: the GPU is out of memory ({text.partition('. ')[2] or text}); " \
-               "raise train.accumulate or lower data.crop"
+        return (
+            f"train.batch_size: the GPU is out of memory ({text.partition('. ')[2] or text}); "
+            "raise train.accumulate or lower data.crop"
+        )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return "train.batch_size: out of memory; raise train.accumulate or lower data.crop"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):

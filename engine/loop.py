@@ -268,12 +268,13 @@ def train_step(
     config: TrainConfig,
     teacher: Teacher | None,
 ) -> tuple[dict[str, float], bool]:
-    """One optimizer step over the parts of a batch; returns the logged values and whether a process was told to end.
+    """One optimizer step over the parts of a batch; returns the logged values and whether to end.
 
     The denominators of the loss are added up over parts and processes first, and DDP's mean is undone, so that
     the gradient is that of the whole batch however it is split.
     """
-    accelerator, objective = run.accelerator, player.learner.objective
+    accelerator = run.accelerator
+    objective: Any = player.learner.objective
     seeds = np.random.SeedSequence([run.seed, step, accelerator.process_index])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
     rate = learning_rate(step, total, config)

@@ -83,7 +83,7 @@ class Metrics:
 
 
 class WandbMirror:
-    """Sends the same values to Weights & Biases. Whatever fails there is said once, and the run goes on without."""
+    """Sends the same values to Weights & Biases. What fails there is said once, and the run goes on."""
 
     def __init__(self, config: TrackingConfig, folder: Path, run_config: Any) -> None:
         self.run: Any = None

@@ -45,7 +45,9 @@ class KDConfig(TermConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.temperature <= 0:
-            raise ConfigurationError(f"losses.kd.temperature: {self.temperature} is not positive; give 1.0 or more")
+            raise ConfigurationError(
+                f"losses.kd.temperature: {self.temperature} is not positive; give 1.0 or more"
+            )
 
 
 @dataclass
@@ -68,58 +70,17 @@ class LossConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
-class CrossEntropy(Term):
-    """`upsampled_loss` against the labels alone."""
+class PixelTerm(Term):
+    """Cross-entropy or KD: what its pixels weigh. Their values are made together, by `upsampled_loss`."""
 
-    def __init__(self, config: CrossEntropyConfig, class_weights: Tensor | None) -> None:
+    class_weights: Tensor | None
+
+    def __init__(self, class_weights: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("class_weights", class_weights, persistent=False)
-        self.label_smoothing = config.label_smoothing
 
     def count(self, labels: Tensor) -> Tensor:
         return label_weight(labels, self.class_weights)
-
-    def forward(
-        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
-    ) -> Tensor:
-        loss, _ = upsampled_loss(
-            student.logits,
-            labels,
-            class_weights=self.class_weights,
-            label_smoothing=self.label_smoothing,
-            ce_denominator=denominator,
-        )
-        return loss
-
-
-class KD(Term):
-    """`upsampled_loss` against the teacher alone."""
-
-    def __init__(self, config: KDConfig, teacher: Taps | None, class_weights: Tensor | None) -> None:
-        super().__init__()
-        if teacher is None:
-            raise ConfigurationError("losses.kd: compares with a teacher, and there is none; leave the term out")
-        self.register_buffer("class_weights", class_weights, persistent=False)
-        self.temperature = config.temperature
-
-    def count(self, labels: Tensor) -> Tensor:
-        return label_weight(labels, self.class_weights)
-
-    def forward(
-        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
-    ) -> Tensor:
-        assert teacher is not None
-        loss, _ = upsampled_loss(
-            student.logits,
-            labels,
-            teacher.logits,
-            ce_weight=0.0,
-            kl_weight=1.0,
-            temperature=self.temperature,
-            kl_class_weights=self.class_weights,
-            kl_denominator=denominator,
-        )
-        return loss
 
 
 class DistillationLoss(nn.Module):
@@ -142,7 +103,7 @@ class DistillationLoss(nn.Module):
         total_steps: int = 1,
     ) -> None:
         super().__init__()
-        self.configs, self.total_steps = config.active(), total_steps
+        self.config, self.configs, self.total_steps = config, config.active(), total_steps
         if not self.configs:
             raise ConfigurationError("losses: no term is configured; leave losses.cross_entropy as it is")
 
@@ -155,9 +116,13 @@ class DistillationLoss(nn.Module):
 
         terms: dict[str, Term] = {}
         if config.cross_entropy is not None:
-            terms["cross_entropy"] = CrossEntropy(config.cross_entropy, weights(config.cross_entropy.class_weights))
+            terms["cross_entropy"] = PixelTerm(weights(config.cross_entropy.class_weights))
         if config.kd is not None:
-            terms["kd"] = KD(config.kd, teacher_taps, weights(config.kd.class_weights))
+            if teacher_taps is None:
+                raise ConfigurationError(
+                    "losses.kd: compares with a teacher, and there is none; leave the term out"
+                )
+            terms["kd"] = PixelTerm(weights(config.kd.class_weights))
         if config.attention_transfer is not None:
             terms["attention_transfer"] = AttentionTransfer(config.attention_transfer, student_taps, teacher_taps)
         if config.fitnet is not None:
@@ -197,17 +162,47 @@ class DistillationLoss(nn.Module):
         """
         if denominators is None:
             denominators = self.counts(labels)
-        loss = student.logits.new_zeros((), dtype=torch.float32)
-        values = {}
-        for (name, term), denominator in zip(self.terms.items(), denominators, strict=True):
-            factor = self.configs[name].factor(step, self.total_steps)
-            if factor:
-                value = term(student, teacher, labels, denominator)
-                loss, values[name] = loss + factor * value, value.detach()
+        shares = dict(zip(self.terms, denominators, strict=True))
+        factors = {name: config.factor(step, self.total_steps) for name, config in self.configs.items()}
+        loss, values = self._pixel_terms(student, teacher, labels, factors, shares)
+        for name, term in self.terms.items():
+            if isinstance(term, PixelTerm):
+                continue
+            if factors[name]:
+                value = term(student, teacher, labels, shares[name])
+                loss, values[name] = loss + factors[name] * value, value.detach()
             else:
                 # Outside its window a term still touches its parameters, or DDP waits for their gradients.
                 loss = loss + sum(0.0 * parameter.sum() for parameter in term.parameters())
         return loss, values
+
+    def _pixel_terms(
+        self,
+        student: ModelOutput,
+        teacher: ModelOutput | None,
+        labels: Tensor,
+        factors: dict[str, float],
+        shares: dict[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy and KD in one pass over the upsampled logits; a zero that touches them if none is on."""
+        ce, kd = factors.get("cross_entropy", 0.0), factors.get("kd", 0.0)
+        if not ce and not kd:
+            return student.logits.sum(dtype=torch.float32) * 0.0, {}
+        loss, made = upsampled_loss(
+            student.logits,
+            labels,
+            teacher.logits if kd and teacher is not None else None,
+            ce_weight=ce,
+            kl_weight=kd,
+            temperature=self.config.kd.temperature if self.config.kd else 1.0,
+            class_weights=self.terms["cross_entropy"].class_weights if ce else None,  # type: ignore[arg-type]
+            label_smoothing=self.config.cross_entropy.label_smoothing if self.config.cross_entropy else 0.0,
+            ce_denominator=shares.get("cross_entropy"),
+            kl_denominator=shares.get("kd"),
+            kl_class_weights=self.terms["kd"].class_weights if kd else None,  # type: ignore[arg-type]
+        )
+        names = {"cross_entropy": "ce", "kd": "kl"}
+        return loss, {name: made[key] for name, key in names.items() if factors.get(name)}
 
     def describe(self) -> list[str]:
         """One line a term: weight, window, taps, adapters' parameters."""

@@ -41,7 +41,9 @@ def fitnet(student_features: Tensor, teacher_features: Tensor, *, mask: Tensor |
     return _image_means((student - teacher).square().mean(1), mask).mean()
 
 
-def attention_transfer(student_features: Tensor, teacher_features: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def attention_transfer(
+    student_features: Tensor, teacher_features: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
     """Mean over positions of `(A_s - A_t)²`, A the activation map of unit norm, then over images.
 
     `A = vec(mean_d f²) / ||vec(mean_d f²)||_2` (Zagoruyko & Komodakis 2017, eq. 2 with p = 2, in the form of

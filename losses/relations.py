@@ -55,7 +55,7 @@ def affinity(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
 
 
 def _unit_vectors(features: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, D, h, w] -> [B, D, N] with columns of unit length; zero, with a zero gradient, where a column is zero."""
+    """[B, D, h, w] -> [B, D, N] with columns of unit length; zero (its gradient too) where a column is zero."""
     flat = full_precision(features).flatten(2)
     if mask is not None:
         flat = flat * mask.flatten(1)[:, None]

@@ -1,10 +1,18 @@
-"""The loss that every segmenter pays: native-stride logits, upsampled to the labels, against labels and teacher."""
+"""The loss that every segmenter pays: native-stride logits, upsampled to the labels, against labels and teacher.
+
+Dimension letters: B images, C classes, R label rows of a block, K native rows under them, W label columns.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from losses.term import full_precision
+
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a block of upsampled logits: it should stay in the cache
 
 
 def upsampled_loss(
@@ -34,6 +42,10 @@ def upsampled_loss(
     `kl_div(reduction="batchmean")`, often seen, sums over a map's pixels, and dropping T² lets the temperature
     change the weight.
 
+    Value and gradient are exact and made in one pass over blocks of label rows: a few native rows are upsampled,
+    the softmax taken, the gradient pushed back through the transposed interpolation, and the block dropped.
+    Nothing of full size is kept.
+
     Args:
         student_logits: [B, C, h, w] at any stride.
         labels: int64 [B, H, W]; `ignore_index` is left out of both terms.
@@ -45,51 +57,32 @@ def upsampled_loss(
 
     Returns:
         The loss, at least float32, and the two terms, unweighted and detached, as "ce" and "kl". Without a
-        labelled pixel the terms and their gradients are 0.
+        labelled pixel the terms and their gradients are 0. Differentiable once.
     """
-    student = F.interpolate(
-        full_precision(student_logits), size=labels.shape[-2:], mode="bilinear", align_corners=align_corners
+    if kl_weight and teacher_logits is None:
+        raise ValueError("kl_weight is not 0 but there are no teacher_logits")
+    if ce_denominator is None:
+        ce_denominator = label_weight(labels, class_weights, ignore_index)
+    if kl_denominator is None:
+        kl_denominator = label_weight(labels, kl_class_weights, ignore_index)
+    settings = _Settings(
+        float(ce_weight), float(kl_weight), float(temperature), label_smoothing, ignore_index, align_corners
     )
-    zero = full_precision(student_logits).sum() * 0.0
-    labelled = labels != ignore_index
-    target = torch.where(labelled, labels, 0)
-    loss, values = zero, {"ce": zero.detach(), "kl": zero.detach()}
-
-    if ce_weight:
-        weights = None if class_weights is None else class_weights.to(student)
-        if ce_denominator is None:
-            ce_denominator = label_weight(labels, class_weights, ignore_index)
-        ce = F.cross_entropy(
-            student, labels, weights, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
-        )
-        ce = ce / safe(ce_denominator, student)
-        loss, values["ce"] = loss + ce_weight * ce, ce.detach()
-
-    if kl_weight:
-        if teacher_logits is None:
-            raise ValueError("kl_weight is not 0 but there are no teacher_logits")
-        teacher = F.interpolate(
-            full_precision(teacher_logits.detach()),
-            size=labels.shape[-2:],
-            mode="bilinear",
-            align_corners=align_corners,
-        )
-        log_student = F.log_softmax(student / temperature, dim=1)
-        log_teacher = F.log_softmax(teacher / temperature, dim=1)
-        divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(1)  # [B, H, W]
-        pixel_weights = labelled.to(student)
-        if kl_class_weights is not None:
-            pixel_weights = pixel_weights * kl_class_weights.to(student)[target]
-        if kl_denominator is None:
-            kl_denominator = label_weight(labels, kl_class_weights, ignore_index)
-        kl = temperature**2 * (divergence * pixel_weights).sum()
-        kl = kl / safe(kl_denominator, student)
-        loss, values["kl"] = loss + kl_weight * kl, kl.detach()
-    return loss, values
+    loss, ce, kl = _UpsampledLoss.apply(
+        student_logits,
+        labels,
+        teacher_logits.detach() if kl_weight and teacher_logits is not None else None,
+        class_weights,
+        kl_class_weights,
+        ce_denominator,
+        kl_denominator,
+        settings,
+    )
+    return loss, {"ce": ce, "kl": kl}
 
 
 def label_weight(labels: Tensor, class_weights: Tensor | None = None, ignore_index: int = 255) -> Tensor:
-    """Labelled pixels of [B, H, W], or the sum of their class weights: a float64 scalar, the terms' denominator."""
+    """Labelled pixels of [B, H, W], or the sum of their class weights: float64, the terms' denominator."""
     labelled = labels != ignore_index
     if class_weights is None:
         return labelled.sum().double()
@@ -101,3 +94,171 @@ def safe(denominator: Tensor | float, like: Tensor) -> Tensor:
     """The denominator in the type of `like`; 1 where it is 0, so that nothing over nothing is 0 and not NaN."""
     total = torch.as_tensor(denominator).to(like)
     return torch.where(total == 0, torch.ones_like(total), total)
+
+
+class _Settings(NamedTuple):
+    ce_weight: float
+    kl_weight: float
+    temperature: float
+    label_smoothing: float
+    ignore_index: int
+    align_corners: bool
+
+
+class _Rows:
+    """Bilinear upsampling of [B, C, h, w] to [B, C, H, W], any rows of it at a time, and its transpose."""
+
+    def __init__(self, native: Tensor, size: tuple[int, int], align_corners: bool) -> None:
+        self.native, self.width, self.align_corners = native, size[1], align_corners
+        height, rows = native.shape[-2], torch.arange(size[0], dtype=torch.float64)
+        if align_corners:
+            source = rows * ((height - 1) / max(size[0] - 1, 1))
+        else:
+            source = ((rows + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
+        self.upper = source.floor().long().clamp(max=height - 1)
+        self.lower = (self.upper + 1).clamp(max=height - 1)
+        self.share = source - self.upper  # of the lower of the two native rows
+
+    def block(self, start: int, stop: int) -> tuple[slice, Tensor]:
+        """The native rows under label rows start..stop, and the matrix [R, K] that interpolates between them."""
+        first, last = int(self.upper[start]), int(self.lower[stop - 1])
+        matrix = torch.zeros(stop - start, last - first + 1, dtype=torch.float64)
+        rows, share = torch.arange(stop - start), self.share[start:stop]
+        matrix.index_put_((rows, self.upper[start:stop] - first), 1 - share, accumulate=True)
+        matrix.index_put_((rows, self.lower[start:stop] - first), share, accumulate=True)
+        dtype = torch.promote_types(self.native.dtype, torch.float32)
+        return slice(first, last + 1), matrix.to(self.native.device, dtype)
+
+    def upsample(self, rows: slice, matrix_RK: Tensor) -> Tensor:
+        """Label rows [B, C, R, W]."""
+        native = full_precision(self.native[:, :, rows])
+        size = (native.shape[-2], self.width)
+        wide_BCKW = F.interpolate(native, size=size, mode="bilinear", align_corners=self.align_corners)
+        return matrix_RK @ wide_BCKW
+
+    def transpose(self, gradient_BCRW: Tensor, matrix_RK: Tensor) -> Tensor:
+        """What a gradient with respect to label rows is with respect to their native rows: [B, C, K, w]."""
+        wide_BCKW = matrix_RK.mT @ gradient_BCRW
+        size = list(wide_BCKW.shape[-2:])
+        native = [*wide_BCKW.shape[:-1], self.native.shape[-1]]
+        return torch.ops.aten.upsample_bilinear2d_backward(wide_BCKW, size, native, self.align_corners)
+
+
+class _UpsampledLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        labels: Tensor,
+        teacher_logits: Tensor | None,
+        class_weights: Tensor | None,
+        kl_class_weights: Tensor | None,
+        ce_denominator: Tensor | float,
+        kl_denominator: Tensor | float,
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, classes = student_logits.shape[:2]
+        size = (labels.shape[-2], labels.shape[-1])
+        student = _Rows(student_logits, size, settings.align_corners)
+        teacher = None if teacher_logits is None else _Rows(teacher_logits, size, settings.align_corners)
+
+        # The type of the sums and of the gradient, and what each class and pixel weighs in them.
+        like = full_precision(student_logits.new_zeros(()))
+        ce_weights = like.new_ones(classes) if class_weights is None else class_weights.to(like)
+        kl_weights = like.new_ones(classes) if kl_class_weights is None else kl_class_weights.to(like)
+        ce_weights = ce_weights / safe(ce_denominator, like)
+        kl_weights = kl_weights / safe(kl_denominator, like)
+        ce, kl = (like.new_zeros((), dtype=torch.float64) for _ in range(2))
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.zeros_like(student_logits, dtype=like.dtype) if wanted else None
+
+        budget = BLOCK_ELEMENTS.get(student_logits.device.type, BLOCK_ELEMENTS["cuda"])
+        step = max(1, budget // (batch * classes * size[1]))
+        for start in range(0, size[0], step):
+            stop = min(start + step, size[0])
+            target = labels[:, start:stop]
+            labelled = target != settings.ignore_index
+            target = torch.where(labelled, target, 0)
+            rows, matrix_RK = student.block(start, stop)
+            logits = student.upsample(rows, matrix_RK)
+            block = torch.zeros_like(logits) if wanted else None
+
+            if settings.ce_weight:
+                ce += _cross_entropy(logits, target, labelled, ce_weights, settings, block)
+            if teacher is not None:
+                kl += _distillation(
+                    logits,
+                    teacher.upsample(*teacher.block(start, stop)),
+                    target,
+                    labelled,
+                    kl_weights,
+                    settings,
+                    block,
+                )
+            if gradient is not None and block is not None:
+                gradient[:, :, rows] += student.transpose(block, matrix_RK)
+
+        if gradient is not None:
+            ctx.save_for_backward(gradient.to(student_logits.dtype))
+        loss = (settings.ce_weight * ce + settings.kl_weight * kl).to(like.dtype)
+        ce, kl = ce.to(like.dtype), kl.to(like.dtype)
+        ctx.mark_non_differentiable(ce, kl)
+        return loss, ce, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss.to(gradient.dtype), None, None, None, None, None, None, None
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and the logarithm of their normaliser [B, 1, R, W], with one exponential an element."""
+    highest = logits.amax(1, keepdim=True)
+    weights = (logits - highest).exp_()
+    total = weights.sum(1, keepdim=True)
+    return weights.div_(total), total.log_().add_(highest)
+
+
+def _cross_entropy(
+    logits: Tensor, target: Tensor, labelled: Tensor, weights: Tensor, settings: _Settings, gradient: Tensor | None
+) -> Tensor:
+    """The block's weighted sum; adds `ce_weight` times its gradient to `gradient`."""
+    probabilities, normaliser = _softmax(logits)
+    smoothing = settings.label_smoothing
+    pixel = (weights[target] * labelled).unsqueeze(1)  # [B, 1, R, W]
+    value = (1 - smoothing) * (pixel * (normaliser - logits.gather(1, target.unsqueeze(1)))).sum(
+        dtype=torch.float64
+    )
+    spread = weights.view(1, -1, 1, 1) * (smoothing / len(weights))  # every class's share of the target
+    if smoothing:
+        value = value + (spread * (normaliser - logits) * labelled.unsqueeze(1)).sum(dtype=torch.float64)
+    if gradient is not None:
+        mass = (1 - smoothing) * pixel + spread.sum() * labelled.unsqueeze(1)
+        gradient.addcmul_(probabilities, mass, value=settings.ce_weight)
+        gradient.scatter_add_(1, target.unsqueeze(1), -settings.ce_weight * (1 - smoothing) * pixel)
+        if smoothing:
+            gradient.sub_(settings.ce_weight * spread * labelled.unsqueeze(1))
+    return value
+
+
+def _distillation(
+    logits: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    labelled: Tensor,
+    weights: Tensor,
+    settings: _Settings,
+    gradient: Tensor | None,
+) -> Tensor:
+    """The block's weighted sum of T² KL; adds `kl_weight` times its gradient to `gradient`."""
+    temperature = settings.temperature
+    student, teacher = logits / temperature, teacher / temperature
+    ours, our_normaliser = _softmax(student)
+    theirs, their_normaliser = _softmax(teacher)
+    pixel = (weights[target] * labelled).unsqueeze(1)
+    divergence = (theirs * (teacher - student)).sum(1, keepdim=True) - their_normaliser + our_normaliser
+    value = temperature**2 * (pixel * divergence).sum(dtype=torch.float64)
+    if gradient is not None:
+        gradient.addcmul_(ours.sub_(theirs), pixel, value=temperature * settings.kl_weight)
+    return value

@@ -33,7 +33,9 @@ class ModelConfig:
         if self.stride not in (1, 2, 4):
             raise ConfigurationError(f"model.stride: {self.stride} is not a stride of the UNet; give 1, 2 or 4")
         if self.width < 2 or self.width % 2:
-            raise ConfigurationError(f"model.width: {self.width} is not an even number of channels; give 2 or more")
+            raise ConfigurationError(
+                f"model.width: {self.width} is not an even number of channels; give 2 or more"
+            )
         if not 1 <= self.depth <= 6:
             raise ConfigurationError(f"model.depth: {self.depth} is out of range; give 1 to 6")
 
@@ -62,7 +64,9 @@ def load_model(folder: str | Path) -> SegmentationModel:
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise ConfigurationError(f"{folder / name}: no such file; a model's folder has config.json and weights")
+            raise ConfigurationError(
+                f"{folder / name}: no such file; a model's folder has config.json and weights"
+            )
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         architecture = ARCHITECTURES[config.pop("name")]

@@ -92,12 +92,16 @@ class UNet(SegmentationModel):
         elif stride == 2:
             self.stem = conv_bn_relu(3, width, stride=2)
         else:
-            self.stem = nn.Sequential(conv_bn_relu(3, width // 2, stride=2), conv_bn_relu(width // 2, width, stride=2))
+            self.stem = nn.Sequential(
+                conv_bn_relu(3, width // 2, stride=2), conv_bn_relu(width // 2, width, stride=2)
+            )
         inputs = [3 if stride == 1 else width, *channels[:-1]]
         self.encoder = nn.ModuleList(make(inputs[level], channels[level]) for level in range(depth))
         self.bottleneck = make(channels[-2], channels[-1])
         levels = range(depth - 1, -1, -1)
-        self.decoder = nn.ModuleList(make(channels[level] + channels[level + 1], channels[level]) for level in levels)
+        self.decoder = nn.ModuleList(
+            make(channels[level] + channels[level + 1], channels[level]) for level in levels
+        )
         self.classifier = nn.Conv2d(width, len(class_names), 1)
 
         self.taps = {f"encoder.{level}": Tap(channels[level], stride * 2**level) for level in range(depth)}
@@ -109,7 +113,7 @@ class UNet(SegmentationModel):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> Output:
         """images: [B, 3, H, W] of any size; padded on the right and below where the strides do not divide it."""
