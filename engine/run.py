@@ -22,7 +22,7 @@ from engine.checkpoint import recover_folder
 from engine.config import save, to_yaml
 from engine.loop import TrainConfig
 from engine.tracking import Metrics, TrackingConfig, WandbMirror, system_values, write_json
-from errors import ConfigurationError, UserError
+from errors import ConfigurationError, DamagedFileError, UserError
 
 # Keys that may change when a run goes on: they don't change its numbers.
 FREE_KEYS = ("run_dir", "resume", "tracking.", "data.workers", "data.root", "train.checkpoint_every", "train.keep")
@@ -253,13 +253,16 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a finished run.
+def read_json(path: Path) -> Any:
+    """What a run wrote to a JSON file.
 
     Raises:
-        ConfigurationError: the run has none.
+        ConfigurationError: the file does not exist.
+        DamagedFileError: it is not JSON.
     """
     try:
-        return json.loads((folder / "results.json").read_text())
+        return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ConfigurationError(f"{folder}: has no results.json; finish the run first") from error
+        raise ConfigurationError(f"{path}: no such file; name the directory of a finished run") from error
+    except ValueError as error:
+        raise DamagedFileError(f"{path}: not JSON ({error}); make it again") from error

@@ -1,0 +1,75 @@
+# Everything a newcomer needs; `make help` lists it. Needs Python 3.11+ and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+CAMVID := runs/camvid-cpu
+CHECKED := models data losses engine evaluation deploy tests benchmarks notebooks *.py
+
+.PHONY: help setup setup-dev demo demo-clean test test-slow lint format camvid benchmarks notebook clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/run.done  ## make the environment .venv with what the scripts need
+
+setup-dev: $(VENV)/dev.done  ## the same with the tools for tests, checks and notebooks
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON): older than Python 3.11; name a newer one, say make PYTHON=python3.12 setup" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.done: requirements.txt | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/dev.done: requirements-dev.txt requirements.txt | $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet --requirement requirements-dev.txt
+	@touch $@ $(VENV)/run.done
+
+demo: setup  ## teacher, baseline and distilled student on drawn street scenes: a table and a picture in minutes
+	@if [ -f runs/demo/comparison.md ]; then echo "runs/demo: already there; 'make demo-clean demo' begins anew"; fi
+	$(RUN) train_teacher.py configs/demo_teacher.yaml resume=true
+	$(RUN) train_teacher.py configs/demo_baseline.yaml resume=true
+	$(RUN) distill.py configs/demo_distill.yaml resume=true
+	@if [ -f runs/demo/comparison.md ]; then cat runs/demo/comparison.md; else \
+		$(RUN) profile_latency.py runs/demo/teacher runs/demo/baseline runs/demo/distilled size=[128,256] && \
+		$(RUN) evaluate.py runs/demo/teacher runs/demo/baseline runs/demo/distilled out=runs/demo; fi
+	@echo "The picture: runs/demo/comparison.png"
+
+demo-clean:  ## delete the demo's runs
+	rm -rf runs/demo
+
+test: setup-dev  ## the tests, in minutes
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: setup-dev  ## the long tests
+	$(RUN) -m pytest -m slow
+
+lint: setup-dev  ## style, lint and types
+	$(VENV)/bin/ruff format --check $(CHECKED)
+	$(VENV)/bin/ruff check $(CHECKED)
+	$(VENV)/bin/mypy
+
+format: setup-dev  ## put the code into style
+	$(VENV)/bin/ruff format $(CHECKED)
+	$(VENV)/bin/ruff check --fix $(CHECKED)
+
+camvid: setup  ## the real CamVid experiment on a CPU (set CAMVID_ROOT); hours; call it again to go on
+	$(RUN) train_teacher.py configs/camvid_cpu_teacher.yaml resume=true
+	$(RUN) train_teacher.py configs/camvid_cpu_baseline.yaml resume=true
+	$(RUN) distill.py configs/camvid_cpu_distill.yaml resume=true
+	$(RUN) profile_latency.py $(CAMVID)/teacher $(CAMVID)/baseline $(CAMVID)/distilled size=[360,480]
+	$(RUN) evaluate.py $(CAMVID)/teacher $(CAMVID)/baseline $(CAMVID)/distilled split=test out=results/camvid-cpu
+
+benchmarks: setup  ## time and memory of the parts that we wrote ourselves
+	$(RUN) benchmarks/affinity.py
+	$(RUN) benchmarks/step_time.py
+	$(RUN) benchmarks/streets.py
+
+notebook: setup-dev  ## make the notebooks' .ipynb from their .py
+	$(VENV)/bin/jupytext --to ipynb notebooks/*.py
+
+clean:  ## delete the environment and all runs
+	rm -rf $(VENV) runs

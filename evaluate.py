@@ -1,0 +1,154 @@
+"""Evaluate runs: accuracy by class, pictures, and one table of all of them.
+
+one run          python evaluate.py runs/teacher
+several          python evaluate.py runs/teacher runs/baseline runs/distilled split=test out=runs/comparison
+many processes   accelerate launch --config_file configs/accelerate/eight_gpus.yaml evaluate.py runs/teacher
+
+Each run gets `evaluation_SPLIT.json` and pictures in `images/`: image, truth, prediction, errors. With `out`, that
+folder gets the table (comparison.md), the figures (results.json) and the picture (comparison.png) of all runs.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data import DataConfig, SegmentationData, build_dataset
+from deploy.profile import count_flops
+from engine.config import run_script
+from engine.loop import TrainConfig, best_folder, evaluate, summarise
+from engine.run import on_main_process, read_json, start_accelerator
+from engine.tracking import write_json
+from errors import ConfigurationError
+from evaluation.metrics import predict
+from evaluation.pictures import colourise, error_map, grid, save_png
+from evaluation.report import compare_runs, per_class_table
+from models import SegmentationModel, load_model
+
+
+@dataclass
+class Config:
+    """What evaluate.py can be told."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run directories; those among the arguments are added."""
+    split: Literal["val", "test", "train"] = "val"
+    """Split of the data set that each run was trained on."""
+    root: str = ""
+    """Folder of the data set, if it is not where it was in training."""
+    pictures: int = 4
+    """Images to draw, spread evenly over the split."""
+    out: str = ""
+    """Folder for the comparison of several runs; nothing is written there if it is empty."""
+    workers: int = 0
+    """Loader processes."""
+
+
+def main(config: Config) -> None:
+    if not config.runs:
+        raise ConfigurationError("runs: no run is named; give one or several run directories")
+    accelerator = start_accelerator(TrainConfig())
+    results, columns = [], []
+    for run_dir in config.runs:
+        folder = Path(run_dir)
+        model = load_model(best_folder(folder)).to(accelerator.device).eval()
+        data = build_dataset(data_config(folder, config.root), config.split)
+        if model.class_names != list(data.labels.names):
+            raise ConfigurationError(f"{folder}: its model knows other classes than its data set; train it again")
+        scored = summarise(evaluate(accelerator, model, data, workers=config.workers), data.labels.names)
+        result = scored | costs(folder, model, data) | {"run": run_dir, "split": config.split, "images": len(data)}
+        pictures = on_main_process(
+            accelerator, lambda m=model, d=data: predictions(accelerator, m, d, config.pictures)
+        )
+        results.append(result)
+        columns.append(pictures)
+        if accelerator.is_main_process:
+            write_json(folder / f"evaluation_{config.split}.json", result)
+            draw_run(folder, config.split, data, pictures)
+    if accelerator.is_main_process:
+        report(config, results, columns, data)
+
+
+def data_config(folder: Path, root: str) -> DataConfig:
+    """The data set of a run, as its config.yaml has it."""
+    path = folder / "config.yaml"
+    try:
+        saved: Any = OmegaConf.to_container(OmegaConf.load(path).data)
+        return DataConfig(**(saved | ({"root": root} if root else {})))
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{path}: no such file; name the directory of a run") from error
+    except (OmegaConfBaseException, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"{path}: not the configuration of a run ({error}); train it again") from error
+
+
+def costs(folder: Path, model: SegmentationModel, data: SegmentationData) -> dict[str, Any]:
+    """Parameters, FLOPs at the size of evaluation, and what the run's other files know: latency, training time."""
+    size = tuple(data.sample((-1, 0, 0), seed=0).images.shape[-2:])
+    found: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": count_flops(model, size),
+        "size": list(size),
+    }
+    if (folder / "results.json").exists():
+        found["train_seconds"] = read_json(folder / "results.json").get("train_seconds")
+    if (folder / "latency.json").exists():
+        found["latency_ms"] = read_json(folder / "latency.json").get("latency_ms")
+    return found
+
+
+@torch.no_grad()
+def predictions(
+    accelerator: Accelerator, model: SegmentationModel, data: SegmentationData, count: int
+) -> dict[int, np.ndarray]:
+    """Predicted classes at label size of `count` images spread evenly over the split, by index."""
+    chosen = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).round().astype(int))
+    answers = {}
+    for index in chosen.tolist():
+        sample = data.sample((-1, index, index), seed=0)
+        logits = model(sample.images[None].to(accelerator.device)).logits
+        answers[index] = predict(logits, tuple(sample.labels.shape))[0].cpu().numpy().astype(np.uint8)
+    return answers
+
+
+def draw_run(folder: Path, split: str, data: SegmentationData, answers: dict[int, np.ndarray]) -> None:
+    """One picture an image in `images/`: image, truth, prediction, errors."""
+    colours = data.labels.colours
+    for index, answer in answers.items():
+        image, label = data.read(index)
+        errors = error_map(answer, label, image)
+        cells = [image, colourise(label, colours), colourise(answer, colours), errors]
+        picture = grid([cells], ["image", "truth", "prediction", "errors"])
+        save_png(folder / "images" / f"{split}_{data.names[index]}.png", picture)
+
+
+def report(
+    config: Config, results: list[dict[str, Any]], columns: list[dict[int, np.ndarray]], data: SegmentationData
+) -> None:
+    """Prints the tables, and writes them with figures and a picture to `out`."""
+    table = f"{compare_runs(results)}\n\nIoU by class, {config.split}, {len(data)} images\n\n"
+    table += per_class_table(results)
+    print(f"\n{table}\n")
+    if not config.out:
+        return
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "comparison.md").write_text(table + "\n")
+    write_json(out / "results.json", {"split": config.split, "runs": results})
+    colours, rows = data.labels.colours, []
+    for index in columns[0]:
+        image, label = data.read(index)
+        rows.append(
+            [image, colourise(label, colours), *(colourise(answers[index], colours) for answers in columns)]
+        )
+    titles = ["image", "truth", *(Path(run).name for run in config.runs)]
+    save_png(out / "comparison.png", grid(rows, titles))
+    print(f"written: {out}/comparison.md, results.json, comparison.png")
+
+
+if __name__ == "__main__":
+    run_script(main, Config, runs="runs")
