@@ -1,6 +1,6 @@
 """Procedural street scenes with exact labels, in the 19 classes of Cityscapes: pictures without a download.
 
-A scene is a world: a winding street in chunks of 40 m, each a function of (seed, index, chunk), with flat things
+A scene is a world: a winding street in chunks of 35 m, each a function of (seed, index, chunk), with flat things
 (see streets_sprites) standing at positions x (to the right of the road's line), z (along it) in metres. A frame is
 one projection of that world. Ground and things write into a depth buffer, so labels are exact at every pixel, and
 textures are fixed to the things, so the frames of a clip agree with each other but for the sensor's noise.
@@ -18,7 +18,7 @@ from data.streets_sprites import (
     EDGE, IGNORE, ROAD, SIDEWALK, SKY, SOLID, TERRAIN, Colour, Dice, sprite,
 )  # fmt: skip
 
-NEAR, FAR, CHUNK = 1.0, 119.0, 40.0  # metres
+NEAR, FAR, CHUNK = 1.0, 104.0, 35.0  # metres
 SKY_DISTANCE, SKYLINE = 500.0, -1.0  # the skyline's z is no place: it goes with the camera
 HALF, CELLS = 24.0, 20  # the street's cross-section spans ±HALF metres, with so many cells to the metre
 PLAIN, DASHED, ZEBRA, STOP, JUNCTION = range(5)  # kinds of cross-section
@@ -65,7 +65,7 @@ class World:
                      -1: self.lane * (0.5 + self.oncoming) + self.parking[-1]}  # fmt: skip
         self.verge = {side: dice(0.8, 2.5) if dice.chance(0.4) else 0.0 for side in (-1, 1)}
         self.line = {side: self.kerb[side] + self.verge[side] + dice(1.5, 4.5) for side in (-1, 1)}
-        self.trees = {side: dice(5, 11) if dice.chance(0.6) else 0.0 for side in (-1, 1)}
+        self.trees = {side: dice(6, 14) if dice.chance(0.6) else 0.0 for side in (-1, 1)}
         self.town = dice.pick([(8, 1, 1, 1), (4, 3, 2, 2), (1.5, 5, 2, 2)], [5, 3, 2])  # building, park, wall, fence
         self.busy, self.crowd = dice(0.1, 1), dice(0, 1) ** 2
         self.rails = dice.chance(0.14) and self.oncoming > 0
@@ -105,14 +105,14 @@ def _light(dice: Dice) -> dict:
     haze = dice(0.015, 0.04) if foggy else dice(0.001, 0.007)
     return {
         "ambient": np.array([1 + warm, 1, 1 - warm], np.float32) * level[hour],
-        "lamps": {"dusk": dice(0.9, 1.6), "overcast": 0.3, "low sun": 0.25, "day": 0.1}[hour],
+        "dusk": hour == "dusk", "lamps": dice(0.9, 1.6),
         "top": np.array(low if foggy else top, np.float32), "low": np.array(low, np.float32),
         "fog": np.array(low, np.float32) * dice(0.75, 1.0), "haze": haze,
         "clouds": dice(0, 45) if hour != "dusk" else dice(0, 15),
         "shadow": 0.0 if foggy else {"day": dice(0.3, 0.6), "low sun": dice(0.3, 0.55)}.get(hour, dice(0, 0.15)),
         "sun": dice.pick([-1, 1]), "reach": dice(0.15, 0.9),
         "sensor": dice(1, 4) + (dice(2, 6) if hour == "dusk" else 0), "blur": dice(0, 1.1) ** 2,
-        "contrast": dice(0.85, 1.15), "glow": hour == "dusk",
+        "contrast": dice(0.85, 1.15),
     }  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def _cross_sections(world: World) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _chunk(world: World, dice: Dice, start: float) -> None:
-    """Fill 40 m of the street."""
+    """Fill one chunk of the street."""
     end, add = start + CHUNK, world.panels.append
     begin = start
     if start > 0 and dice.chance(0.3):
@@ -213,7 +213,7 @@ def _lots(world: World, dice: Dice, side: int, z: float, end: float) -> None:
     """Buildings, parks, walls and fences along one side."""
     line = world.line[side]
     while z < end - 0.5:
-        length = dice(8, 18)
+        length = dice(8, 20)
         length = end - z if end - z - length < 7 else length
         lot = dice.pick(["building", "park", "wall", "fence"], world.town)
         if lot == "building" or dice.chance(0.35):
@@ -235,7 +235,7 @@ def _lots(world: World, dice: Dice, side: int, z: float, end: float) -> None:
                        tint)  # fmt: skip
             _across(world, lot, variant, side * (line + 4), 8, z + 0.1, height, tint)
         if lot != "building":
-            for _ in range(1 + dice.below(4)):
+            for _ in range(1 + dice.below(3)):
                 _plant(world, dice, side * (line + dice(1.5, 9)), z + dice(0, length), dice(0.9, 1.6))
             if lot == "park" and dice.chance(0.5):
                 _along(world, "bush", dice.below(16), side * (line + 0.3), z, z + length, dice(0.7, 1.8),
@@ -327,8 +327,8 @@ def _box(world: World, dice: Dice, kind: str, x: float, z: float, towards: bool,
 
 
 @lru_cache(maxsize=1)
-def _grain_tiles() -> tuple[np.ndarray, np.ndarray]:
-    """Two periodic grey pictures, float32: asphalt and soil for the ground (±1), and clouds (±1)."""
+def _noise_tiles() -> tuple[np.ndarray, np.ndarray]:
+    """Two periodic pictures of smooth noise, float32 in about ±1: for the ground (two periods wide), for clouds."""
     dice = Dice(0)
 
     def periodic(cells: int) -> np.ndarray:
@@ -339,7 +339,7 @@ def _grain_tiles() -> tuple[np.ndarray, np.ndarray]:
 
     ground = 0.55 * periodic(8) + 0.45 * periodic(64) + 0.5 * periodic(512)
     clouds = 0.8 * periodic(4) + 0.45 * periodic(16) + 0.25 * periodic(64)
-    return ground, clouds
+    return np.tile(ground, 2), clouds
 
 
 class Camera(NamedTuple):
@@ -368,31 +368,40 @@ _ROUGHNESS[[TERRAIN, SIDEWALK]] = 0.3, 0.14
 
 @dataclass
 class Frame:
-    image: np.ndarray  # uint8 [h, w, 4], what the fourth channel has above SOLID is light given off
-    label: np.ndarray  # uint8 [h, w]
-    nearness: np.ndarray  # float32 [h, w], one over the distance
+    """A picture in the making; the label sits in the image's fourth channel, so that both are written at once."""
+
+    image: np.ndarray  # uint8 [h, w, 4]: RGB and trainId
+    nearness: np.ndarray  # float32 [h, w]: one over the distance
+    glow: np.ndarray | None  # uint8 [h, w]: light given off, above SOLID; after dusk alone
+
+
+def _sky(world: World, camera: Camera, height: int, width: int) -> np.ndarray:
+    """Gradient and clouds at half the size: uint8 [h/2, w/2, 4]. Clouds turn with the camera's heading."""
+    light, shape = world.light, ((height + 1) // 2, (width + 1) // 2)
+    rise = np.minimum(np.arange(shape[0], 0, -1, dtype=np.float32) / (0.15 * width), 1)[:, None] ** 0.7
+    pitch = 400 / shape[1]  # cells of the noise per pixel
+    turn = np.array([[pitch, 0, camera.heading * 400 + world.noise_shift[0] * 5],
+                     [0, pitch * 2.5, world.noise_shift[1] * 5 - camera.horizon / 2 * pitch * 2.5]])  # fmt: skip
+    cloud = cv2.warpAffine(_noise_tiles()[1], turn, shape[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                           borderMode=cv2.BORDER_WRAP)  # fmt: skip
+    sky = np.zeros((*shape, 4), np.float32)
+    sky[..., 3] = SKY
+    sky[..., :3] = (light["low"] + (light["top"] - light["low"]) * rise)[:, None]
+    sky[..., :3] += (np.maximum(cloud + 0.1, -0.2) * light["clouds"])[..., None]
+    # The whole picture is multiplied by the ambient light at the end, but the sky shines by itself.
+    return cv2.transform(sky, np.diag([*(0.95 / np.maximum(light["ambient"], 0.3)), 1.0])).clip(0, 255).astype(np.uint8)
 
 
 def _backdrop(world: World, camera: Camera, height: int, width: int) -> Frame:
     """Sky and ground; every row of the ground lies at one distance."""
-    image = np.zeros((height, width, 4), np.uint8)
-    label = np.full((height, width), SKY, np.uint8)
+    image = np.empty((height, width, 4), np.uint8)
+    glow = np.zeros((height, width), np.uint8) if world.light["dusk"] else None
     nearness = np.full((height, width), 1 / SKY_DISTANCE, np.float32)
-    light, (grain, clouds) = world.light, _grain_tiles()
     split = min(max(math.ceil(camera.horizon - 0.5), 0), height)
     if split:
-        rise = np.minimum(np.arange(split, 0, -1, dtype=np.float32) / (0.3 * width), 1)[:, None] ** 0.7
-        sky = (light["low"] + (light["top"] - light["low"]) * rise)[:, None]
-        pitch = 400 / width  # tile cells per pixel; clouds turn with the camera's heading
-        turn = np.array([[pitch, 0, camera.heading * 400 + world.noise_shift[0] * 5],
-                         [0, pitch * 2.5, world.noise_shift[1] * 5 - camera.horizon * pitch * 2.5]])  # fmt: skip
-        cloud = cv2.warpAffine(clouds, turn, (width, split), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-                               borderMode=cv2.BORDER_WRAP)  # fmt: skip
-        sky = sky + (np.maximum(cloud + 0.1, -0.2) * light["clouds"])[..., None]
-        # The picture is multiplied by the ambient light at the end; the sky shines by itself.
-        image[:split, :, :3] = np.clip(sky / np.maximum(light["ambient"], 0.3) * 0.95, 0, 255)
+        image[:split] = cv2.resize(_sky(world, camera, split, width), (width, split))
     if split == height:
-        return Frame(image, label, nearness)
+        return Frame(image, nearness, glow)
     rows = np.arange(split, height, dtype=np.float32) + 0.5 - camera.horizon
     depth = np.minimum(camera.focal * world.eye / np.maximum(rows, 1e-3), SKY_DISTANCE)
     z = camera.z + depth
@@ -406,18 +415,19 @@ def _backdrop(world: World, camera: Camera, height: int, width: int) -> Frame:
     blurred = np.clip(np.log2(depth * CELLS / camera.focal) / 2 + 1, 0, 2).astype(np.int32)
     across = np.ones(width, np.float32)
     ground = cv2.remap(world.sections, cell, np.outer((kind + 5 * blurred).astype(np.float32), across), cv2.INTER_LINEAR)
-    label[split:] = cv2.remap(world.labels, cell, np.outer(kind.astype(np.float32), across), cv2.INTER_NEAREST)
-    texture = cv2.remap(grain, x * 20 + 256, np.outer((z * 20 % 512).astype(np.float32), across), cv2.INTER_LINEAR,
-                        borderMode=cv2.BORDER_WRAP)  # fmt: skip
-    shade = cv2.LUT(label[split:], _ROUGHNESS)
+    label = cv2.remap(world.labels, cell, np.outer(kind.astype(np.float32), across), cv2.INTER_NEAREST)
+    along = np.outer((z * CELLS % 512).astype(np.float32), across)
+    texture = cv2.remap(_noise_tiles()[0], cell, along, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    shade = cv2.LUT(label, _ROUGHNESS)
     shade *= texture
     shade *= np.minimum(1, 18 / depth)[:, None]
     shade += 1
     if world.light["shadow"]:
         shade[_shadowed(world, x, z)] *= 1 - world.light["shadow"]
     image[split:] = cv2.multiply(ground, cv2.merge([shade] * 4), dtype=cv2.CV_8U)
+    image[split:, :, 3] = label
     nearness[split:] = (1 / depth)[:, None]
-    return Frame(image, label, nearness)
+    return Frame(image, nearness, glow)
 
 
 def _shadowed(world: World, x: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -432,15 +442,16 @@ def _shadowed(world: World, x: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 def _shadows_below(world: World, camera: Camera, frame: Frame, boxes: np.ndarray) -> None:
     """Soft dark spots under things: boxes [n, 3] of lateral position, depth and width."""
-    mask = np.zeros(frame.label.shape, np.uint8)
+    mask = np.zeros(frame.nearness.shape, np.uint8)
     for x, depth, wide in boxes.tolist():
         scale = camera.focal / depth
+        axes = wide / 2 * scale, wide / 2 * scale * min(1.0, world.eye * 1.3 / depth)
         centre = camera.cx + x * scale, camera.horizon + world.eye * scale
-        flat = wide / 2 * scale * min(1.0, world.eye * 1.3 / depth)
-        if -500 < centre[0] < frame.label.shape[1] + 500 and wide * scale > 2:
+        if axes[0] > 1.5 and -axes[0] < centre[0] < mask.shape[1] + axes[0]:
             cv2.ellipse(mask, (round(centre[0] * 8), round(centre[1] * 8)),
-                        (round(wide / 2 * scale * 8), max(8, round(flat * 8))), 0, 0, 360, 255, -1, shift=3)  # fmt: skip
-    cv2.copyTo(cv2.convertScaleAbs(frame.image, alpha=0.75 - 0.5 * world.light["shadow"]), mask, frame.image)
+                        (round(axes[0] * 8), max(8, round(axes[1] * 8))), 0, 0, 360, 255, -1, shift=3)  # fmt: skip
+    dark = 0.75 - 0.5 * world.light["shadow"]
+    cv2.copyTo(cv2.transform(frame.image, np.diag([dark, dark, dark, 1.0])), mask, frame.image)
 
 
 def _project(world: World, camera: Camera, frame: Frame, time: int) -> None:
@@ -449,7 +460,7 @@ def _project(world: World, camera: Camera, frame: Frame, time: int) -> None:
     Over an upright plane the nearness q is affine in the column u, and so are q·s for the texture's column s and
     q·t for its row: one homography a panel, computed for all of them at once.
     """
-    panels, (height, width) = world.panels, frame.label.shape
+    panels, (height, width) = world.panels, frame.nearness.shape
     ends = np.array([panel[3:] for panel in panels])
     x, z, top = ends[:, 0:2] + ends[:, 5:6] * time, ends[:, 2:4] + ends[:, 6:7] * time, ends[:, 4]
     shadow, back, distant = ends[:, 7], ends[:, 8], ends[:, 2] == SKYLINE
@@ -457,7 +468,7 @@ def _project(world: World, camera: Camera, frame: Frame, time: int) -> None:
     lateral = np.where(distant[:, None], x, x + world.path(z) - camera.x - camera.heading * depth)
     seen = (depth.max(1) > NEAR) & (distant | (depth.min(1) < FAR)) & (back * lateral.mean(1) <= 0)
     _shadows_below(world, camera, frame, np.stack([lateral.mean(1), depth.mean(1), shadow], 1)[
-        seen & (shadow > 0) & (depth.min(1) > NEAR) & (depth.min(1) < 60)])  # fmt: skip
+        seen & (shadow > 0) & (depth.min(1) > NEAR) & (depth.min(1) < 50)])  # fmt: skip
     step = depth[:, ::-1] - depth  # cut off what is behind the camera
     cut = np.where(depth < NEAR, (NEAR - depth) / np.where(step == 0, 1, step), 0)
     lateral, s = lateral + cut * (lateral[:, ::-1] - lateral), [0.0, 1.0] + cut * [1.0, -1.0]
@@ -491,13 +502,14 @@ def _project(world: World, camera: Camera, frame: Frame, time: int) -> None:
     nearness = maps[:, 2].astype(np.float32)
     maps[:, :2] *= np.array([(image.shape[1] - 2, image.shape[0] - 2) for image, _ in looks]).reshape(-1, 2, 1)
     maps[:, :2] += 0.5 * maps[:, 2:]  # the border of one pixel less half a pixel to its centre
-    tints = np.zeros((len(order), 4, 4))
-    tints[:, range(4), range(4)] = [(*panels[k].tint, 1.0) for k in order.tolist()]
+    paints = np.zeros((len(order), 4, 5))  # tint the colours; a single label replaces the fourth channel
+    paints[:, range(3), range(3)] = [panels[k].tint for k in order.tolist()]
+    paints[:, 3, 4] = [0 if isinstance(codes, np.ndarray) else codes for _, codes in looks]
 
-    canvas, label, columns = frame.image.view(np.uint32)[..., 0], frame.label, np.arange(width, dtype=np.float32)
+    columns, solid = np.arange(width, dtype=np.float32), np.uint32(EDGE << 24)
     boxes = np.stack([left, right, up, down], 1)[order].tolist()
-    for (image, codes), (x0, x1, y0, y1), (slope, _, first), matrix, tint in zip(
-        looks, boxes, nearness, maps, tints, strict=True
+    for (image, codes), (x0, x1, y0, y1), (slope, _, first), matrix, paint in zip(
+        looks, boxes, nearness, maps, paints, strict=True
     ):
         box, size = (slice(y0, y1), slice(x0, x1)), (x1 - x0, y1 - y0)
         near, before = columns[: x1 - x0] * slope + first, frame.nearness[box]
@@ -505,32 +517,29 @@ def _project(world: World, camera: Camera, frame: Frame, time: int) -> None:
         if not visible.any():
             continue
         pixels = cv2.warpPerspective(image, matrix, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-        visible &= pixels[..., 3] >= EDGE
+        visible &= pixels.view(np.uint32)[..., 0] >= solid  # the fourth channel is the highest byte
+        painted = cv2.transform(pixels, paint)
         if isinstance(codes, np.ndarray):
-            codes = cv2.warpPerspective(codes, matrix, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
-        np.copyto(canvas[box], cv2.transform(pixels, tint).view(np.uint32)[..., 0], where=visible)
-        np.copyto(label[box], codes, where=visible)
+            painted[..., 3] = cv2.warpPerspective(codes, matrix, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
+        cv2.copyTo(painted, visible.view(np.uint8), frame.image[box])
         np.copyto(before, near, where=visible)
+        if frame.glow is not None:
+            np.copyto(frame.glow[box], pixels[..., 3], where=visible)
 
 
 def _develop(world: World, frame: Frame, dice: Dice) -> np.ndarray:
     """Light, haze, lamps, lens and sensor: uint8 [h, w, 3]."""
-    light, (height, width) = world.light, frame.label.shape
+    light, (height, width) = world.light, frame.nearness.shape
     gain, contrast = light["ambient"], light["contrast"]
     image = cv2.cvtColor(frame.image, cv2.COLOR_RGBA2RGB).astype(np.float32)
-    shining = np.nonzero(frame.image[..., 3] > SOLID)
-    lamp = (frame.image[shining][:, 3:] - np.float32(SOLID)) * (light["lamps"] / (255 - SOLID))
-    if light["glow"]:
-        halo = np.zeros_like(image)
-        halo[shining] = image[shining] * lamp
-        halo = cv2.GaussianBlur(halo, (0, 0), width / 80)
-    image[shining] *= 1 + lamp / gain
-    # (image·gain + halo − fog)·clear + fog, then the contrast about a middle grey
-    image = cv2.transform(image, np.column_stack([np.diag(gain * contrast), -light["fog"] * contrast]))
-    if light["glow"]:
-        image += halo * contrast
+    # (image·gain + lamps − fog)·clear + fog, then the contrast about a middle grey
+    lit = cv2.transform(image, np.column_stack([np.diag(gain * contrast), -light["fog"] * contrast]))
+    if frame.glow is not None:
+        lamps = image * (np.maximum(frame.glow, SOLID) - np.float32(SOLID))[..., None]
+        lamps *= light["lamps"] * contrast / (255 - SOLID)
+        lit += lamps + cv2.GaussianBlur(lamps, (0, 0), width / 80)
     clear = cv2.exp(-light["haze"] / frame.nearness)
-    image = cv2.multiply(image, cv2.merge([clear] * 3))
+    image = cv2.multiply(lit, cv2.merge([clear] * 3))
     offset = light["fog"] * contrast + 110 * (1 - contrast)
     if light["blur"] > 0.25:
         image = cv2.GaussianBlur(image, (0, 0), light["blur"] * max(1.0, width / 512))
@@ -547,13 +556,15 @@ def _sensor(height: int, width: int) -> np.ndarray:
 
 def _bonnet(world: World, frame: Frame) -> None:
     """The hood of the camera's own car belongs to no class."""
-    height, width = frame.label.shape
+    height, width = frame.nearness.shape
     mask = np.zeros((height, width), np.uint8)
     cv2.ellipse(mask, (width // 2, height), (round(width * 0.58), round(height * world.bonnet_height)), 0, 0, 360, 1, -1)
     v, u = np.nonzero(mask)
     gleam = 0.7 + 0.5 * (height - v) / (height * world.bonnet_height) + 0.1 * np.cos(u * 9 / width)
     frame.image[v, u, :3] = np.clip(np.array(world.bonnet_paint) * gleam[:, None], 0, 255)
-    frame.image[v, u, 3], frame.label[v, u], frame.nearness[v, u] = 0, IGNORE, 1.0
+    frame.image[v, u, 3], frame.nearness[v, u] = IGNORE, 1.0
+    if frame.glow is not None:
+        frame.glow[v, u] = 0
 
 
 def draw_clip(index: int, *, seed: int, size: tuple[int, int] = (128, 256), frames: int) -> list[
@@ -569,7 +580,7 @@ def draw_clip(index: int, *, seed: int, size: tuple[int, int] = (128, 256), fram
         _project(world, camera, frame, time)
         if world.bonnet:
             _bonnet(world, frame)
-        clip.append((_develop(world, frame, Dice(seed, index, 0, time)), frame.label))
+        clip.append((_develop(world, frame, Dice(seed, index, 0, time)), frame.image[..., 3].copy()))
     return clip
 
 
