@@ -1,5 +1,6 @@
 """What a loss term is: a sum over items divided by a denominator that depends on the labels alone."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Union
@@ -87,9 +88,8 @@ class FeatureTermConfig(TermConfig):
 
 
 def term_name(config: type) -> str:
-    """`AttentionTransferConfig` -> `attention_transfer`: the key under `losses`."""
-    name = config.__name__.removesuffix("Config")
-    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+    """`AttentionTransferConfig` -> `attention_transfer`, `KDConfig` -> `kd`: the key under `losses`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", config.__name__.removesuffix("Config")).lower()
 
 
 class Term(nn.Module):

@@ -68,16 +68,17 @@ def upsampled_loss(
     settings = _Settings(
         float(ce_weight), float(kl_weight), float(temperature), label_smoothing, ignore_index, align_corners
     )
-    loss, ce, kl = _UpsampledLoss.apply(
-        student_logits,
-        labels,
-        teacher_logits.detach() if kl_weight and teacher_logits is not None else None,
-        class_weights,
-        kl_class_weights,
-        ce_denominator,
-        kl_denominator,
-        settings,
-    )
+    with torch.autocast(student_logits.device.type, enabled=False):  # or the interpolation's products are in bf16
+        loss, ce, kl = _UpsampledLoss.apply(
+            student_logits,
+            labels,
+            teacher_logits.detach() if kl_weight and teacher_logits is not None else None,
+            class_weights,
+            kl_class_weights,
+            ce_denominator,
+            kl_denominator,
+            settings,
+        )
     return loss, {"ce": ce, "kl": kl}
 
 
