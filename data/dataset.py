@@ -331,19 +331,22 @@ class Loader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches = super().__iter__()
-        while True:
-            try:
-                batch: Any = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if str(error).startswith("DataLoader worker (pid"):  # so torch says that one was killed
-                    line = str(error).splitlines()[0]
-                    raise MachineError(f"data.workers: {line}; out of memory? try fewer workers") from error
-                raise
-            if isinstance(batch, str):
-                raise ConfigurationError(batch)
-            yield batch
+        try:
+            while True:
+                try:
+                    batch: Any = next(batches)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if str(error).startswith("DataLoader worker (pid"):  # so torch says that one was killed
+                        line = str(error).splitlines()[0]
+                        raise MachineError(f"data.workers: {line}; out of memory? try fewer workers") from error
+                    raise
+                if isinstance(batch, str):
+                    raise ConfigurationError(batch)
+                yield batch
+        finally:
+            del batches  # or a traceback would keep the workers, and the garbage collector end them at any time
 
 
 def _loader(data: SegmentationData, seed: int, sampler: Any, workers: int, pin_memory: bool) -> Loader:

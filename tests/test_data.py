@@ -272,6 +272,15 @@ def test_batch_size_must_divide(tmp_path: Path) -> None:
         data.train_loader(batch_size=6, seed=0, start_step=0, steps=1, world_size=2, accumulate=2)
 
 
+def test_seed_and_split_are_checked(tmp_path: Path) -> None:
+    config = camvid(write_camvid(tmp_path / "d"))
+    for seed in (-1, 2**32):
+        with pytest.raises(ConfigurationError, match=rf"^seed: {seed} is outside"):
+            build_dataset(config, "train").train_loader(batch_size=2, seed=seed, start_step=0, steps=1)
+    with pytest.raises(ConfigurationError, match="^split: 'training' is unknown"):
+        build_dataset(config, "training")  # type: ignore[arg-type]
+
+
 # statistics
 
 
@@ -384,6 +393,11 @@ def flip_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def damaged_png(path: Path) -> None:
+    picture(0).save(path, format="PNG")
+    flip_bit(path)
+
+
 def huge_png(path: Path) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -397,6 +411,15 @@ def rotate_by_exif(path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(0).save(path, exif=exif)
+
+
+def damaged_exif(path: Path) -> None:
+    picture(0).save(path, exif=b"Exif\0\0nonsense that is no TIFF header")
+
+
+def overwrite(path: Path, start: int, data: bytes) -> None:
+    old = path.read_bytes()
+    path.write_bytes(old[:start] + data + old[start + len(data) :])
 
 
 def cut(path: Path) -> None:
@@ -426,6 +449,9 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "16-bit label": (LABEL, lambda p: set_label(p, values(0, 11).astype(np.uint16)), "is a 16-bit label"),
     "1-bit label": (LABEL, lambda p: Image.new("1", SIZE[::-1]).save(p), "is a 1-bit label"),
     "damaged label": (LABEL, flip_bit, "cannot be decoded"),
+    "damaged label header": (LABEL, lambda p: overwrite(p, 18, b"\x33"), "its header is damaged"),
+    "damaged image header": (IMAGE, lambda p: overwrite(p, 3, b"\0" * 600), "its header is damaged"),
+    "damaged EXIF": (IMAGE, damaged_exif, "EXIF data are damaged"),
     "rotated image": (IMAGE, rotate_by_exif, "EXIF orientation is 6"),
     "huge label": (LABEL, huge_png, "its header claims"),
     "huge image": (IMAGE, huge_png, "its header claims"),
@@ -458,7 +484,8 @@ def test_each_fault_is_found_when_the_data_set_is_built(tmp_path: Path, fault: s
 def test_missing_root_and_empty_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAMVID_ROOT", raising=False)
     for name in ("camvid", "cityscapes", "bdd100k"):
-        for root, text in (("", "is empty"), (str(tmp_path / "absent"), "there is no folder")):
+        empty = "is empty and CAMVID_ROOT is not set" if name == "camvid" else "is empty; "
+        for root, text in (("", empty), (str(tmp_path / "absent"), "there is no folder")):
             with pytest.raises(ConfigurationError) as caught:
                 build_dataset(DataConfig(name=name, root=root), "train")
             one_line(caught.value, "data.root: ", text)
@@ -528,18 +555,28 @@ def test_bdd100k_of_the_wrong_layout(tmp_path: Path) -> None:
     one_line(caught.value, str(wrong / "labels" / "test"), "not public, use val")
 
 
+BREAKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "cut": (IMAGE, cut, "is a truncated JPEG"),
+    "gone": (LABEL, lambda p: p.unlink(), "cannot be read"),
+    "another size": (IMAGE, lambda p: picture(0, (30, 30)).save(p), "is 30x30 but was 32x24 when"),
+    "bad value": (LABEL, lambda p: set_label(p, values(0, 11) + 3), "label values 12, 13 are outside"),
+    "not decodable": (IMAGE, damaged_png, "cannot be decoded"),
+    "too large to decode": (IMAGE, huge_png, "cannot be decoded"),
+}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_breaks_during_the_run_is_one_line(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_file_that_breaks_during_the_run_is_one_line(tmp_path: Path, what: str, workers: int) -> None:
+    name, harm, text = BREAKS[what]
     root = write_camvid(tmp_path / "d")
     data = build_dataset(camvid(root, crop=[16, 16]), "train")
-    cut(root / IMAGE)
+    harm(root / name)
     with pytest.raises(ConfigurationError) as caught:
         whole(data.train_loader(batch_size=6, seed=0, start_step=0, steps=1, workers=workers))
-    one_line(caught.value, str(root / IMAGE), "is a truncated JPEG")
-    picture(0, (30, 30)).save(root / IMAGE)
-    with pytest.raises(ConfigurationError) as caught:
+    one_line(caught.value, str(root / name), text)
+    with pytest.raises(ConfigurationError):
         whole(data.eval_loader(workers=workers))
-    one_line(caught.value, str(root / IMAGE), "is 30x30 but was 32x24 when")
 
 
 def test_a_killed_worker_is_an_error_of_the_machine(tmp_path: Path) -> None:
