@@ -1,6 +1,6 @@
 """The objective: the configured terms, their weights and schedules, added up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -83,6 +83,13 @@ class PixelTerm(Term):
         return label_weight(labels, self.class_weights)
 
 
+FEATURE_TERMS: dict[str, Callable[..., Term]] = {
+    "attention_transfer": AttentionTransfer,
+    "fitnet": Fitnet,
+    "affinity": Affinity,
+}
+
+
 class DistillationLoss(nn.Module):
     """Sum of the configured terms, each with its weight and its window in training.
 
@@ -91,6 +98,7 @@ class DistillationLoss(nn.Module):
         student_taps, teacher_taps: what the models publish; no teacher is None.
         class_weights: gives the [C] weights of a scheme; needed where a term asks for one.
         total_steps: length of training, of which schedules may be fractions.
+        extra: terms of your own by name, each with its weight and schedule.
     """
 
     def __init__(
@@ -101,10 +109,11 @@ class DistillationLoss(nn.Module):
         *,
         class_weights: Callable[[str], Tensor] | None = None,
         total_steps: int = 1,
+        extra: Mapping[str, tuple[TermConfig, Term]] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.configs, self.total_steps = config, config.active(), total_steps
-        if not self.configs:
+        if not self.configs and not extra:
             raise ConfigurationError("losses: no term is configured; leave losses.cross_entropy as it is")
 
         def weights(scheme: str) -> Tensor | None:
@@ -123,12 +132,11 @@ class DistillationLoss(nn.Module):
                     "losses.kd: compares with a teacher, and there is none; leave the term out"
                 )
             terms["kd"] = PixelTerm(weights(config.kd.class_weights))
-        if config.attention_transfer is not None:
-            terms["attention_transfer"] = AttentionTransfer(config.attention_transfer, student_taps, teacher_taps)
-        if config.fitnet is not None:
-            terms["fitnet"] = Fitnet(config.fitnet, student_taps, teacher_taps)
-        if config.affinity is not None:
-            terms["affinity"] = Affinity(config.affinity, student_taps, teacher_taps)
+        for name, term in FEATURE_TERMS.items():
+            if name in self.configs:
+                terms[name] = term(self.configs[name], student_taps, teacher_taps)
+        for name, (term_config, own_term) in (extra or {}).items():
+            self.configs[name], terms[name] = term_config, own_term
         self.terms = nn.ModuleDict(terms)
 
     @property
