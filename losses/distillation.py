@@ -170,7 +170,8 @@ class DistillationLoss(nn.Module):
         """
         if denominators is None:
             denominators = self.counts(labels)
-        shares = dict(zip(self.terms, denominators, strict=True))
+        precision = torch.promote_types(student.logits.dtype, torch.float32)
+        shares = dict(zip(self.terms, denominators.to(precision), strict=True))
         factors = {name: config.factor(step, self.total_steps) for name, config in self.configs.items()}
         loss, values = self._pixel_terms(student, teacher, labels, factors, shares)
         for name, term in self.terms.items():
