@@ -1,135 +1,39 @@
-"""What the things of a procedural street look like: flat pictures with exact labels, drawn in metres.
+"""What the things of a street look like: one function for each kind, drawing in metres on a canvas.
 
-A sprite is drawn once per kind, variant and sharpness, kept with its smaller versions (mip levels), and tinted,
-stretched and projected anew for every object that wears it. Images are RGB and a fourth channel for what can be
-seen and shines: 0 is transparent, SOLID is opaque, and what exceeds it is light that the thing gives off (lit
-windows, lamps). Labels are trainIds.
+A sprite is drawn once per kind, variant and sharpness, and tinted, stretched and projected anew for every object
+that wears it.
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
-import cv2
 import numpy as np
 
-(ROAD, SIDEWALK, BUILDING, WALL, FENCE, POLE, TRAFFIC_LIGHT, TRAFFIC_SIGN, VEGETATION, TERRAIN, SKY, PERSON, RIDER,
- CAR, TRUCK, BUS, TRAIN, MOTORCYCLE, BICYCLE) = range(19)  # fmt: skip
-IGNORE = 255
-NONE = 254  # on a canvas: nothing drawn yet
-SOLID, EDGE = 128, 56  # a pixel belongs to a thing from EDGE on: a little early, for the sake of thin things
+from data.streets.canvas import (
+    BICYCLE,
+    BUILDING,
+    BUS,
+    CAR,
+    FENCE,
+    IGNORE,
+    MOTORCYCLE,
+    PERSON,
+    POLE,
+    RIDER,
+    TRAFFIC_LIGHT,
+    TRAFFIC_SIGN,
+    TRAIN,
+    TRUCK,
+    VEGETATION,
+    WALL,
+    Canvas,
+    Dice,
+    Sprite,
+    mip_levels,
+)  # fmt: skip
 
-Colour = Sequence[float]
 GLASS, TYRE, DARK = (52, 60, 68), (26, 26, 28), (44, 44, 48)
-
-
-class Dice:
-    """Uniform numbers fixed by a key; drawn in blocks, ten times cheaper than a generator call for each."""
-
-    def __init__(self, *key: int) -> None:
-        self.rng = np.random.default_rng(key)
-        self._next = self._numbers().__next__
-
-    def _numbers(self) -> Iterator[float]:
-        while True:
-            yield from self.rng.random(256).tolist()
-
-    def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
-        return low + (high - low) * self._next()
-
-    def chance(self, probability: float) -> bool:
-        return self._next() < probability
-
-    def below(self, count: int) -> int:
-        return int(self._next() * count)
-
-    def pick(self, options: Sequence, weights: Sequence[float] | None = None):
-        if weights is None:
-            return options[self.below(len(options))]
-        rest = self(0, sum(weights))
-        for option, weight in zip(options, weights, strict=True):
-            rest -= weight
-            if rest < 0:
-                return option
-        return options[-1]
-
-    def grey(self, low: float, high: float, spread: float = 12) -> tuple[float, float, float]:
-        """A dull colour, warmer or cooler than grey by at most `spread`."""
-        value, warmth = self(low, high), self(-spread, spread)
-        return value + warmth, value, value - warmth
-
-    def paint(self) -> tuple[float, float, float]:
-        """A colour as clothes and paint have it: mostly dull, sometimes bright."""
-        value, strength = self(30, 225), self(0, 0.25) if self.chance(0.65) else self(0.4, 0.85)
-        return tuple(value * (1 - strength * self()) for _ in range(3))  # type: ignore[return-value]
-
-    def clouds(self, shape: tuple[int, int], cells: tuple[float, float], octaves: int = 3) -> np.ndarray:
-        """Smooth noise float32 [h, w] in about -1..1; cells are the waves across the height and width."""
-        total = np.zeros(shape, np.float32)
-        for octave in range(octaves):
-            grid = [max(2, round(c * 2**octave)) for c in cells]
-            field = self.rng.random(grid, dtype=np.float32) - 0.5
-            total += cv2.resize(field, shape[::-1], interpolation=cv2.INTER_CUBIC) * (1.6 / 1.6**octave)
-        return total
-
-
-class Canvas:
-    """A sprite in the making: coordinates in metres, x to the right, y upward from the ground."""
-
-    def __init__(self, width: float, height: float, scale: float) -> None:
-        self.width, self.height, self.scale = width, height, scale
-        shape = max(2, round(height * scale)), max(2, round(width * scale))
-        self.image = np.zeros((*shape, 4), np.uint8)
-        self.label = np.full(shape, NONE, np.uint8)
-
-    def poly(self, points: Sequence[Colour], colour: Colour, label: int | None = None, glow: float = 0) -> None:
-        """Fill a polygon; without a label the one beneath stays (a window is part of its building)."""
-        corners = [((x * self.scale - 0.5) * 16, ((self.height - y) * self.scale - 0.5) * 16) for x, y in points]
-        fixed = np.rint(corners).astype(np.int32)
-        cv2.fillPoly(self.image, [fixed], (*colour, glow), shift=4)
-        if label is not None:
-            cv2.fillPoly(self.label, [fixed], label, shift=4)
-
-    def rect(self, left: float, bottom: float, right: float, top: float, colour: Colour, label: int | None = None,
-             glow: float = 0) -> None:  # fmt: skip
-        self.poly([(left, bottom), (left, top), (right, top), (right, bottom)], colour, label, glow)
-
-    def disc(self, x: float, y: float, rx: float, ry: float, colour: Colour, label: int | None = None,
-             glow: float = 0, sides: int = 20) -> None:  # fmt: skip
-        turns = (np.arange(sides) + 0.5) * (2 * np.pi / sides)
-        self.poly(np.stack([x + rx * np.cos(turns), y + ry * np.sin(turns)], 1), colour, label, glow)
-
-    def bar(self, a: Colour, b: Colour, width: float, colour: Colour, label: int | None = None) -> None:
-        """A limb, tube or plank: a thick line from a to b."""
-        across = np.subtract(b, a)[::-1] * (-1, 1) * (width / 2 / max(1e-6, float(np.hypot(*np.subtract(b, a)))))
-        self.poly([a + across, b + across, b - across, a - across], colour, label)
-
-    def ring(self, x: float, y: float, radius: float, width: float, colour: Colour, label: int) -> None:
-        turns = np.linspace(0, 2 * np.pi, 17)
-        rim = np.stack([x + radius * np.cos(turns), y + radius * np.sin(turns)], 1)
-        for a, b in zip(rim[:-1], rim[1:], strict=True):
-            self.bar(a, b, width, colour, label)
-
-    def grain(self, dice: Dice, amount: float, cell: float) -> None:
-        """Multiply by smooth noise whose waves are `cell` metres long."""
-        noise = dice.clouds(self.label.shape, (self.height / cell, self.width / cell))
-        shaded = self.image[..., :3] * (1 + amount * noise)[..., None]
-        self.image[..., :3] = np.clip(shaded, 0, 255).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Sprite:
-    """Width and height in metres, and images [h, w, 4] with their labels from full size down to a few pixels.
-
-    The labels are one number where all is of one class, else [h, w], arbitrary where the image is transparent.
-    Each level has a border of one transparent pixel.
-    """
-
-    width: float
-    height: float
-    levels: list[tuple[np.ndarray, np.ndarray | int]]
-
 
 Painter = Callable[[Dice, float], Canvas]
 PAINTERS: dict[str, tuple[Painter, int]] = {}
@@ -141,7 +45,7 @@ def painter(*kinds: str, variants: int) -> Callable[[Callable[..., Canvas]], Cal
     def register(function: Callable[..., Canvas]) -> Callable[..., Canvas]:
         for kind in kinds:
             view = kind.partition(" ")[2]
-            PAINTERS[kind] = (lambda dice, s, v=view: function(dice, s, v) if v else function(dice, s)), variants
+            PAINTERS[kind] = (partial(function, view=view) if view else function), variants
         return function
 
     return register
@@ -157,31 +61,7 @@ def _sprite(kind: str, variant: int, sharpness: int) -> Sprite:
     # The views of one thing share their dice, so that the side of a car fits its rear.
     dice, paint = Dice(zlib.crc32(kind.partition(" ")[0].encode()), variant), PAINTERS[kind][0]
     canvas = paint(dice, float(sharpness))
-    return Sprite(canvas.width, canvas.height, _mip_levels(canvas))
-
-
-def _mip_levels(canvas: Canvas) -> list[tuple[np.ndarray, np.ndarray | int]]:
-    """Halve until small. Colours are averaged over what is solid; the commonest label wins."""
-    solid = (canvas.label != NONE).astype(np.float32)
-    mean = canvas.image[canvas.label != NONE].mean(0)
-    image = canvas.image * solid[..., None]  # premultiplied; the fourth channel is the glow alone
-    classes = [int(c) for c in np.unique(canvas.label) if c != NONE]
-    votes = [cv2.blur((canvas.label == c).astype(np.float32), (5, 5)) + (canvas.label == c) for c in classes]
-    levels: list[tuple[np.ndarray, np.ndarray | int]] = []
-    while True:
-        # Transparent pixels take the mean colour, or they would leave dark rims.
-        level = np.where(solid[..., None] > 0, image / np.maximum(solid, 1e-6)[..., None], mean)
-        level[..., 3] = solid * SOLID + image[..., 3] * ((255 - SOLID) / 255)
-        level = cv2.copyMakeBorder(np.clip(np.rint(level), 0, 255).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-        level[:, [0, -1], 3] = level[[0, -1], :, 3] = 0
-        codes = np.array(classes, np.uint8)[np.argmax(np.stack(votes), 0)]
-        codes = cv2.copyMakeBorder(codes, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-        levels.append((level, codes if len(classes) > 1 else classes[0]))
-        height, width = solid.shape
-        if min(height, width) <= 3 or max(height, width) <= 8:
-            return levels
-        half = (width + 1) // 2, (height + 1) // 2
-        solid, image, *votes = (cv2.resize(a, half, interpolation=cv2.INTER_AREA) for a in (solid, image, *votes))
+    return Sprite(canvas.width, canvas.height, mip_levels(canvas))
 
 
 # Buildings and what stands beside a street
@@ -262,13 +142,13 @@ def _wall(dice: Dice, s: float) -> Canvas:
 def _fence(dice: Dice, s: float) -> Canvas:
     width, height, wide = 4.0, dice(0.9, 2.0), dice(0.05, 0.16)
     c = Canvas(width, height, 32 * s)
-    style, colour, gap = dice.below(3), dice.grey(60, 230, 20), [v * dice(0.5, 0.9) for v in dice.grey(60, 130, 25)]
+    style, colour, gap = dice.below(3), dice.grey(60, 230, 20), dice.grey(35, 110, 25)
     if style == 0:  # guard rail
         for x in (0.1, 2.0, 3.9):
             c.rect(x - 0.08, 0, x + 0.08, height * 0.7, colour, FENCE)
         for k in range(3):
-            c.rect(0, height * (0.4 + 0.1 * k), width, height * (0.5 + 0.1 * k), [v * (0.8, 1.1, 0.7)[k] for v in colour],
-                   FENCE)  # fmt: skip
+            shade = [v * (0.8, 1.1, 0.7)[k] for v in colour]
+            c.rect(0, height * (0.4 + 0.1 * k), width, height * (0.5 + 0.1 * k), shade, FENCE)
         return c
     c.rect(0, 0.05, width, height * 0.97, gap, FENCE)  # what is seen through the gaps belongs to the fence
     c.grain(dice, 0.5, 0.5)
@@ -288,8 +168,9 @@ def _foliage(c: Canvas, dice: Dice, x: float, y: float, rx: float, ry: float, de
     v, u = np.mgrid[:height, :width].astype(np.float32) / np.float32(c.scale)
     dx, dy = (u - x) / rx, (c.height - v - y) / ry
     inside = dx * dx + dy * dy < density + 0.75 * edge
-    green = np.array(dice.pick([(84, 112, 48), (62, 92, 52), (100, 116, 60), (72, 84, 56), (134, 116, 52), (124, 84, 50),
-                                (104, 98, 88)], [5, 5, 4, 3, 1, 1, 1]), np.float32)  # fmt: skip
+    summer = [(84, 112, 48), (62, 92, 52), (100, 116, 60), (72, 84, 56)]
+    autumn = [(134, 116, 52), (124, 84, 50), (104, 98, 88)]
+    green = np.array(dice.pick(summer if dice.chance(0.85) else autumn), np.float32)
     light = 1 + 0.45 * clumps + 0.25 * dy - 0.1 * dx
     c.image[inside, :3] = np.clip(green * light[..., None], 0, 255)[inside]
     c.label[inside] = VEGETATION
@@ -346,7 +227,7 @@ def _post(c: Canvas, dice: Dice, top: float, width: float = 0.13) -> None:
 def _lamp(dice: Dice, s: float) -> Canvas:
     height = dice(4.5, 9)
     c = Canvas(3.0, height, 24 * s)
-    _post(c, dice, height - 0.1, dice(0.14, 0.24))
+    _post(c, dice, height - 0.1, dice(0.18, 0.32))
     if dice.chance(0.75):
         c.bar((1.5, height - 0.15), (2.6, height - 0.12), 0.12, (110, 110, 112), POLE)
         c.rect(2.2, height - 0.3, 2.95, height - 0.1, (225, 220, 190), POLE, glow=255)
@@ -355,10 +236,10 @@ def _lamp(dice: Dice, s: float) -> Canvas:
 
 @painter("sign", variants=36)
 def _sign(dice: Dice, s: float) -> Canvas:
-    size, height = dice(0.55, 1.0), dice(2.2, 3.2)
+    size, height = dice(0.65, 1.15), dice(2.3, 3.3)
     wide = dice.chance(0.2)
     c = Canvas(size * (2 if wide else 1), height, 48 * s)
-    _post(c, dice, height - size * 0.4, 0.09)
+    _post(c, dice, height - size * 0.4, 0.12)
     x, y, r = c.width / 2, height - size / 2, size / 2
     face, edge = dice.pick([((230, 230, 226), (178, 34, 38)), ((34, 74, 160), (235, 235, 235)),
                             ((236, 196, 40), (240, 240, 235)), ((150, 150, 146), (120, 120, 118)),
@@ -382,13 +263,13 @@ def _sign(dice: Dice, s: float) -> Canvas:
 @painter("light", variants=12)
 def _light(dice: Dice, s: float) -> Canvas:
     height = dice(2.8, 4.4)
-    c = Canvas(0.5, height, 48 * s)
-    _post(c, dice, height - 0.3, 0.12)
-    c.rect(0.05, height - 1.05, 0.45, height, dice.pick([DARK, (60, 62, 50), (150, 130, 40)]), TRAFFIC_LIGHT)
+    c = Canvas(0.6, height, 48 * s)
+    _post(c, dice, height - 0.3, 0.15)
+    c.rect(0.04, height - 1.25, 0.56, height, dice.pick([DARK, (60, 62, 50), (150, 130, 40)]), TRAFFIC_LIGHT)
     lit = dice.below(3)
     for k, colour in enumerate([(60, 220, 130), (245, 190, 60), (240, 50, 40)]):
         on = k == lit
-        c.disc(0.25, height - 0.88 + 0.33 * k, 0.13, 0.13, colour if on else [v * 0.22 for v in colour],
+        c.disc(0.3, height - 1.05 + 0.4 * k, 0.16, 0.16, colour if on else [v * 0.22 for v in colour],
                glow=255 if on else 0)  # fmt: skip
     return c
 
@@ -440,7 +321,8 @@ def _car(dice: Dice, s: float, view: str) -> Canvas:
     c.rect(0.05, 0.2, width - 0.05, 0.45, DARK, CAR)
     c.poly([(0.02, 0.3), (0, belt), (0.2, height - 0.04), (0.32, height), (width - 0.32, height),
             (width - 0.2, height - 0.04), (width, belt), (width - 0.02, 0.3)], body, CAR)  # fmt: skip
-    c.poly([(0.16, belt * 1.04), (0.3, height - 0.1), (width - 0.3, height - 0.1), (width - 0.16, belt * 1.04)], glass)
+    c.poly([(0.16, belt * 1.04), (0.3, height - 0.1), (width - 0.3, height - 0.1), (width - 0.16, belt * 1.04)],
+           glass)  # fmt: skip
     c.rect(width * 0.34, 0.42, width * 0.66, 0.54, (235, 235, 225))
     lamp, glow = ((185, 28, 30), 220) if view == "rear" else ((245, 242, 225), 255)
     for x in (0.03, width - 0.37):
@@ -463,8 +345,8 @@ def _truck(dice: Dice, s: float, view: str) -> Canvas:
         for k in range(int(split / 1.2)):
             c.rect(k * 1.2, 0.85, k * 1.2 + 0.06, height, [v * 0.85 for v in cargo])
         c.rect(split * 0.2, height * 0.5, split * 0.75, height * 0.7, dice.paint())
-        c.poly([(split + 0.1, 0.4), (split + 0.1, height * 0.86), (length - 0.4, height * 0.86), (length, height * 0.5),
-                (length, 0.4)], cab, TRUCK)  # fmt: skip
+        c.poly([(split + 0.1, 0.4), (split + 0.1, height * 0.86), (length - 0.4, height * 0.86),
+                (length, height * 0.5), (length, 0.4)], cab, TRUCK)  # fmt: skip
         c.poly([(split + 0.7, height * 0.5), (split + 0.7, height * 0.76), (length - 0.5, height * 0.76),
                 (length - 0.15, height * 0.5)], GLASS)  # fmt: skip
         _wheels(c, (1.2, 2.2, length - 1), 0.48, TRUCK)
@@ -527,7 +409,8 @@ def _coach(dice: Dice, s: float, view: str, label: int, length: float, width: fl
         for x in (0.1, width - 0.45):
             c.rect(x, 0, x + 0.35, 0.6, TYRE, label)
     lean = 0.28 if tram else 0.05
-    c.poly([(0, floor), (0, low), (lean, height), (width - lean, height), (width, low), (width, floor)], body, label)
+    c.poly([(0, floor), (0, low), (lean, height), (width - lean, height), (width, low), (width, floor)], body,
+           label)  # fmt: skip
     c.rect(0.02, floor, width - 0.02, low * 0.6, stripe)
     c.poly([(0.15, low * 0.9), (lean + 0.12, high), (width - lean - 0.12, high), (width - 0.15, low * 0.9)],
            [v + dice(-10, 20) for v in GLASS], glow=50)  # fmt: skip
@@ -553,7 +436,8 @@ def _body(c: Canvas, dice: Dice, x: float, hip: float, lean: float, label: int, 
     c.disc(top[0] + lean * 0.3, top[1] + 0.31 * size, 0.12 * size, 0.1 * size, hair, label)
     shade = [v * 0.8 for v in coat]
     for side in (-0.2, 0.2):
-        c.bar((top[0] + side, top[1]), (x + lean * 1.7 + side * dice(0.6, 1.6), hip + 0.05), 0.12 * size, shade, label)
+        hand = x + lean * 1.7 + side * dice(0.6, 1.6), hip + 0.05
+        c.bar((top[0] + side, top[1]), hand, 0.12 * size, shade, label)
 
 
 @painter("person", variants=40)
@@ -584,16 +468,16 @@ def _cycle(c: Canvas, dice: Dice, view: str, label: int) -> None:
         c.rect(x - 0.08, 0.68, x + 0.08, 0.78, (190, 30, 30), glow=200)
         return
     for wheel in (x - base, x + base):
-        c.ring(wheel, radius, radius - 0.05, 0.16 if motor else 0.08, TYRE, label)
-        if motor:
-            c.disc(wheel, radius, 0.16, 0.16, (120, 120, 122), label)
+        c.disc(wheel, radius, radius, radius, TYRE, label)
+        c.disc(wheel, radius, radius * 0.72, radius * 0.72, (92, 92, 94))  # as annotators do, spokes and all
     if motor:
         c.poly([(x - 0.8, 0.62), (x - 0.1, 0.8), (x + 0.35, 0.95), (x + 0.4, 0.5), (x - 0.3, 0.25)], colour, label)
         c.rect(x - 0.3, 0.2, x + 0.25, 0.5, DARK, label)
         c.bar((x + base, 0.3), (x + 0.35, 1.05), 0.14, (110, 110, 112), label)
     else:
-        hub, seat, head, crank = (x - base, radius), (x - 0.2, 0.82), (x + 0.35, 0.82), (x - 0.05, 0.3)
-        for a, b in ((hub, seat), (seat, head), (hub, crank), (crank, head), (crank, seat), ((x + base, radius), head)):
+        hub, fork, crank = (x - base, radius), (x + base, radius), (x - 0.05, 0.3)
+        seat, head = (x - 0.2, 0.82), (x + 0.35, 0.82)
+        for a, b in ((hub, seat), (seat, head), (hub, crank), (crank, head), (crank, seat), (fork, head)):
             c.bar(a, b, 0.07, colour, label)
         c.rect(x - 0.35, 0.86, x - 0.1, 0.93, TYRE, label)
     c.bar((x + 0.32, 0.85), (x + 0.28, 1.05), 0.08, DARK, label)
