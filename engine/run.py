@@ -26,6 +26,8 @@ from errors import ConfigurationError, DamagedFileError, UserError
 
 # Keys that may change when a run goes on: they don't change its numbers.
 FREE_KEYS = ("run_dir", "resume", "tracking.", "data.workers", "data.root", "train.checkpoint_every", "train.keep")
+# What a run leaves that ended before its first step, over a wrong path say: it may simply be started again.
+BEFORE_FIRST_STEP = ("config.yaml", "environment.json", "wandb")
 PACKAGES = ("torch", "accelerate", "numpy", "opencv-python-headless", "omegaconf", "wandb")
 
 
@@ -178,7 +180,8 @@ def _open_folder(run: Run) -> str | None:
     saved = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"run_dir: {folder} is a file; name another folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    began = folder.is_dir() and any(path.name not in BEFORE_FIRST_STEP for path in folder.iterdir())
+    if began:
         if not config.resume:
             raise ConfigurationError(
                 f"run_dir: {folder} exists; go on with resume=true, name another folder, or delete it"

@@ -110,7 +110,8 @@ class _Rows:
     """Bilinear upsampling of [B, C, h, w] to [B, C, H, W], any rows of it at a time, and its transpose."""
 
     def __init__(self, native: Tensor, size: tuple[int, int], align_corners: bool) -> None:
-        self.native, self.width, self.align_corners = native, size[1], align_corners
+        self.native = full_precision(native).contiguous()  # rows of a channels-last map would be copied each time
+        self.width, self.align_corners = size[1], align_corners
         height, rows = native.shape[-2], torch.arange(size[0], dtype=torch.float64)
         if align_corners:
             source = rows * ((height - 1) / max(size[0] - 1, 1))
@@ -127,12 +128,11 @@ class _Rows:
         rows, share = torch.arange(stop - start), self.share[start:stop]
         matrix.index_put_((rows, self.upper[start:stop] - first), 1 - share, accumulate=True)
         matrix.index_put_((rows, self.lower[start:stop] - first), share, accumulate=True)
-        dtype = torch.promote_types(self.native.dtype, torch.float32)
-        return slice(first, last + 1), matrix.to(self.native.device, dtype)
+        return slice(first, last + 1), matrix.to(self.native)
 
     def upsample(self, rows: slice, matrix_RK: Tensor) -> Tensor:
         """Label rows [B, C, R, W]."""
-        native = full_precision(self.native[:, :, rows])
+        native = self.native[:, :, rows]
         size = (native.shape[-2], self.width)
         wide_BCKW = F.interpolate(native, size=size, mode="bilinear", align_corners=self.align_corners)
         return matrix_RK @ wide_BCKW
