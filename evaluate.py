@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DataConfig, SegmentationData, build_dataset
-from deploy.profile import count_flops
+from deploy.profiling import count_flops
 from engine.config import run_script
 from engine.loop import TrainConfig, best_folder, evaluate, summarise
 from engine.run import on_main_process, read_json, start_accelerator
