@@ -34,8 +34,8 @@ demo: setup  ## teacher, baseline and distilled student on drawn street scenes: 
 	$(RUN) train_teacher.py configs/demo_baseline.yaml resume=true
 	$(RUN) distill.py configs/demo_distill.yaml resume=true
 	@if [ -f runs/demo/comparison.md ]; then cat runs/demo/comparison.md; else \
-		$(RUN) profile_latency.py runs/demo/teacher runs/demo/baseline runs/demo/distilled size=[128,256] && \
-		$(RUN) evaluate.py runs/demo/teacher runs/demo/baseline runs/demo/distilled out=runs/demo; fi
+		$(RUN) profile_latency.py runs/demo/teacher runs/demo/baseline runs/demo/distilled backends=[eager,channels_last] && \
+		$(RUN) evaluate.py runs/demo/teacher runs/demo/baseline runs/demo/distilled out=runs/demo/comparison; fi
 	@echo "The picture: runs/demo/comparison.png"
 
 demo-clean:  ## delete the demo's runs
@@ -60,7 +60,7 @@ camvid: setup  ## the real CamVid experiment on a CPU (set CAMVID_ROOT); hours; 
 	$(RUN) train_teacher.py configs/camvid_cpu_teacher.yaml resume=true
 	$(RUN) train_teacher.py configs/camvid_cpu_baseline.yaml resume=true
 	$(RUN) distill.py configs/camvid_cpu_distill.yaml resume=true
-	$(RUN) profile_latency.py $(CAMVID)/teacher $(CAMVID)/baseline $(CAMVID)/distilled size=[360,480]
+	$(RUN) profile_latency.py $(CAMVID)/teacher $(CAMVID)/baseline $(CAMVID)/distilled
 	$(RUN) evaluate.py $(CAMVID)/teacher $(CAMVID)/baseline $(CAMVID)/distilled split=test out=results/camvid-cpu
 
 benchmarks: setup  ## time and memory of the parts that we wrote ourselves

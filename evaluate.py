@@ -1,14 +1,16 @@
 """Evaluate runs: accuracy by class, pictures, and one table of all of them.
 
 one run          python evaluate.py runs/teacher
-several          python evaluate.py runs/teacher runs/baseline runs/distilled split=test out=runs/comparison
+several          python evaluate.py runs/teacher runs/baseline runs/distilled split=test out=results/mine
 many processes   accelerate launch --config_file configs/accelerate/eight_gpus.yaml evaluate.py runs/teacher
 
-Each run gets `evaluation_SPLIT.json` and pictures in `images/`: image, truth, prediction, errors. With `out`, that
-folder gets the table (comparison.md), the figures (results.json) and the picture (comparison.png) of all runs.
+Each run gets `evaluation_SPLIT.json` and pictures in `images/`: image, truth, prediction, errors. With `out`, the
+tables of all runs go to OUT.md, their figures to OUT.json and a picture of them side by side to OUT.png.
 """
 
+import sys
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ from data import DataConfig, SegmentationData, build_dataset
 from deploy.profiling import count_flops
 from engine.config import run_script
 from engine.loop import TrainConfig, best_folder, evaluate, summarise
-from engine.run import on_main_process, read_json, start_accelerator
+from engine.run import environment, on_main_process, read_json, start_accelerator
 from engine.tracking import write_json
 from errors import ConfigurationError
 from evaluation.metrics import predict
@@ -44,7 +46,7 @@ class Config:
     pictures: int = 4
     """Images to draw, spread evenly over the split."""
     out: str = ""
-    """Folder for the comparison of several runs; nothing is written there if it is empty."""
+    """Path, without an ending, of the comparison of several runs; nothing is written if it is empty."""
     workers: int = 0
     """Loader processes."""
 
@@ -71,7 +73,7 @@ def main(config: Config) -> None:
             write_json(folder / f"evaluation_{config.split}.json", result)
             draw_run(folder, config.split, data, pictures)
     if accelerator.is_main_process:
-        report(config, results, columns, data)
+        report(config, results, columns, data, environment(accelerator, data.manifest_hash()))
 
 
 def data_config(folder: Path, root: str) -> DataConfig:
@@ -127,18 +129,36 @@ def draw_run(folder: Path, split: str, data: SegmentationData, answers: dict[int
 
 
 def report(
-    config: Config, results: list[dict[str, Any]], columns: list[dict[int, np.ndarray]], data: SegmentationData
+    config: Config,
+    results: list[dict[str, Any]],
+    columns: list[dict[int, np.ndarray]],
+    data: SegmentationData,
+    made_with: dict[str, Any],
 ) -> None:
-    """Prints the tables, and writes them with figures and a picture to `out`."""
-    table = f"{compare_runs(results)}\n\nIoU by class, {config.split}, {len(data)} images\n\n"
-    table += per_class_table(results)
-    print(f"\n{table}\n")
+    """Prints the tables, and writes them with the figures, the command, the environment and a picture to `out`."""
+    size = "×".join(map(str, results[0]["size"]))
+    tables = (
+        f"{compare_runs(results)}\n\nIoU by class, {config.split}, {len(data)} images of {size}, in per cent:\n\n"
+    )
+    tables += per_class_table(results)
+    print(f"\n{tables}\n")
     if not config.out:
         return
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "comparison.md").write_text(table + "\n")
-    write_json(out / "results.json", {"split": config.split, "runs": results})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    revision = str(made_with["revision"])[:12] + (" with changes" if made_with["dirty"] else "")
+    page = [
+        f"# {out.name}",
+        f"{date.today()}, revision {revision}, {made_with['device']}, {made_with['threads']} threads, "
+        f"torch {made_with['packages']['torch']}.",
+        f"```\npython {' '.join(sys.argv)}\n```",
+        tables,
+        f"![Image, truth and the runs' predictions]({out.name}.png)",
+    ]
+    out.with_name(f"{out.name}.md").write_text("\n\n".join(page) + "\n")
+    write_json(
+        out.with_name(f"{out.name}.json"), {"split": config.split, "environment": made_with, "runs": results}
+    )
     colours, rows = data.labels.colours, []
     for index in columns[0]:
         image, label = data.read(index)
@@ -146,8 +166,8 @@ def report(
             [image, colourise(label, colours), *(colourise(answers[index], colours) for answers in columns)]
         )
     titles = ["image", "truth", *(Path(run).name for run in config.runs)]
-    save_png(out / "comparison.png", grid(rows, titles))
-    print(f"written: {out}/comparison.md, results.json, comparison.png")
+    save_png(out.with_name(f"{out.name}.png"), grid(rows, titles))
+    print(f"written: {out}.md, {out}.json, {out}.png")
 
 
 if __name__ == "__main__":

@@ -84,12 +84,12 @@ def test_teacher_to_student_to_table(call: Call, teacher: Path, tmp_path: Path) 
     assert {"cross_entropy", "kd", "affinity", "fitnet", "attention_transfer", "lr"} <= values.keys()
     assert {"images_per_second", "process_memory_mib", "cpu_percent"} <= values["system"].keys()
 
-    code, output = call(evaluate, teacher, student, "split=test", f"out={tmp_path / 'out'}", "pictures=2")
+    code, output = call(evaluate, teacher, student, "split=test", f"out={tmp_path / 'out' / 'mine'}", "pictures=2")
     assert code == 0
-    assert "mIoU" in (tmp_path / "out" / "comparison.md").read_text()
-    figures = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert "mIoU" in (tmp_path / "out" / "mine.md").read_text()
+    figures = json.loads((tmp_path / "out" / "mine.json").read_text())["runs"]
     assert [run["parameters"] for run in figures] == sorted((r["parameters"] for r in figures), reverse=True)
-    assert cv2.imread(str(tmp_path / "out" / "comparison.png")) is not None
+    assert cv2.imread(str(tmp_path / "out" / "mine.png")) is not None
     assert len(list((student / "images").glob("test_*.png"))) == 2
     assert json.loads((student / "evaluation_test.json").read_text())["images"] == 2
 
