@@ -1,6 +1,7 @@
 """The data set that every reader becomes: samples, label counts, class weights and loaders."""
 
 import hashlib
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -324,6 +325,12 @@ def _collate(samples: list[Any]) -> Any:
 
 def _start_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # one thread a worker: the workers are the parallelism
+    signal.signal(signal.SIGTERM, _outlive_once)
+
+
+def _outlive_once(*_: Any) -> None:
+    """SIGTERM to all processes is the training's to answer, which needs batches for it. A second one ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Loader(DataLoader[Batch]):

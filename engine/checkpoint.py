@@ -35,13 +35,15 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         file.flush()
         os.fsync(file.fileno())
     write_json(temporary / MANIFEST, {"step": step, "sha256": {STATE: hashlib.sha256(data).hexdigest()}})
-    sync_folder(temporary)
+    sync(temporary)
     if target.exists():
         delete_checkpoint(target)
     temporary.replace(target)
-    sync_folder(folder)
-    for old in checkpoints(folder)[:-keep]:
-        delete_checkpoint(old)
+    sync(folder)
+    newest = checkpoints(folder)[-keep:]
+    for path in sorted(folder.iterdir()):  # older ones, and what was left where a save or a deletion was cut short
+        if path not in newest and re.fullmatch(r"step_\d{8}|\.step_\d{8}\.tmp", path.name):
+            delete_checkpoint(path)
     return target
 
 
@@ -84,7 +86,9 @@ def replace_folder(temporary: Path, target: Path) -> None:
     """Puts `temporary` in the place of the folder `target`. Cut short, `recover_folder` finishes it."""
     previous = target.with_name(f".{target.name}.previous")
     shutil.rmtree(previous, ignore_errors=True)
-    sync_folder(temporary)
+    for path in temporary.iterdir():
+        sync(path)
+    sync(temporary)
     if target.exists():
         target.replace(previous)
     temporary.replace(target)
@@ -92,15 +96,17 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 def recover_folder(target: Path) -> None:
-    """Brings back what `replace_folder` had moved aside when it was cut short."""
+    """Brings back what `replace_folder` had moved aside when it was cut short, or finishes its deletion."""
     previous = target.with_name(f".{target.name}.previous")
-    if previous.exists() and not target.exists():
+    if previous.exists() and target.exists():
+        shutil.rmtree(previous)
+    elif previous.exists():
         previous.replace(target)
 
 
-def sync_folder(folder: Path) -> None:
-    """Puts a folder's entries on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Puts a file's bytes, or a folder's entries, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

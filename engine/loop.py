@@ -212,41 +212,41 @@ def fit(
         pin_memory=accelerator.device.type == "cuda",
     )
     stream = iter(loader)
-    bar = tqdm(initial=progress.step, total=total, unit="step", desc=run.folder.name, dynamic_ncols=True)
     clock = time.perf_counter()
     scored: dict[str, Any] = {}
 
-    while progress.step < total:
-        step = progress.step
-        parts = [to_device(next(stream), accelerator.device) for _ in range(config.accumulate)]
-        for player in players:
-            values, terminated = train_step(run, player, parts, step, total, config, teacher)
-            progress.add(values)
-        progress.step = step = step + 1
-        epoch = step // train.steps_per_epoch(config.batch_size)
-        bar.update()
+    with tqdm(initial=progress.step, total=total, unit="step", desc=run.folder.name, dynamic_ncols=True) as bar:
+        while progress.step < total:
+            step = progress.step
+            parts = [to_device(next(stream), accelerator.device) for _ in range(config.accumulate)]
+            for player in players:
+                values, terminated = train_step(run, player, parts, step, total, config, teacher)
+                progress.add(values)
+            progress.step = step = step + 1
+            epoch = step // train.steps_per_epoch(config.batch_size)
+            bar.update()
 
-        now = time.perf_counter()
-        progress.seconds, clock = progress.seconds + now - clock, now
-        if step % config.log_every == 0 or step == total:
-            images = config.batch_size * progress.window_steps
-            speed, averages = images / progress.window_seconds(), progress.averages()
-            run.log(step, epoch, "train", averages, seconds=progress.seconds, images_per_second=speed)
-            bar.set_postfix_str(f"loss {averages['loss']:.3f}, {speed:.0f} images/s")
-        if step == total or (config.evaluate_every and step % config.evaluate_every == 0):
-            players[0].broadcast_buffers()
-            matrix = evaluate(accelerator, players[0].evaluated, val, workers=workers)
-            scored = summarise(matrix, val.labels.names)
-            run.log(step, epoch, "val", scored, seconds=progress.seconds)
-            save_best(run, players[0], scored, progress)
-            bar.write(f"step {step}: val mIoU {100 * scored['miou']:.2f} %")
-            clock = time.perf_counter()
-        if step == total or step % config.checkpoint_every == 0 or terminated:
-            checkpoint(run, players, progress, config)
-            clock = time.perf_counter()
-        if terminated and step < total:
-            raise Terminated(f"{run.folder}: stopped by SIGTERM at step {step}, saved; go on with resume=true")
-    bar.close()
+            now = time.perf_counter()
+            progress.seconds, clock = progress.seconds + now - clock, now
+            if step % config.log_every == 0 or step == total:
+                images = config.batch_size * progress.window_steps
+                speed, averages = images / progress.window_seconds(), progress.averages()
+                run.log(step, epoch, "train", averages, seconds=progress.seconds, images_per_second=speed)
+                bar.set_postfix_str(f"loss {averages['loss']:.3f}, {speed:.0f} images/s")
+            if step == total or (config.evaluate_every and step % config.evaluate_every == 0):
+                players[0].broadcast_buffers()
+                matrix = evaluate(accelerator, players[0].evaluated, val, workers=workers)
+                scored = summarise(matrix, val.labels.names)
+                run.log(step, epoch, "val", scored, seconds=progress.seconds)
+                save_best(run, players[0], scored, progress)
+                if run.is_main:
+                    bar.write(f"step {step}: val mIoU {100 * scored['miou']:.2f} %")
+                clock = time.perf_counter()
+            if step == total or step % config.checkpoint_every == 0 or terminated:
+                checkpoint(run, players, progress, config)
+                clock = time.perf_counter()
+            if terminated and step < total:
+                raise Terminated(f"{run.folder}: stopped by SIGTERM at step {step}, saved; go on with resume=true")
     if not scored:  # cut off after its last checkpoint and before results.json
         scored = summarise(evaluate(accelerator, players[0].evaluated, val, workers=workers), val.labels.names)
     return scored | {
@@ -287,6 +287,8 @@ def train_step(
     shared = add_up(accelerator, torch.cat([counts, stop]))
     denominators, terminated = shared[:-1], bool(shared[-1] > 0)
 
+    may_skip = config.on_nonfinite == "skip"
+    buffers = [buffer.clone() for buffer in player.learner.buffers()] if may_skip else []
     sums: dict[str, Tensor] = {}
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
@@ -313,6 +315,9 @@ def train_step(
         player.optimizer.step()
         if player.ema is not None:
             player.ema.update_parameters(player.learner.model)
+    else:  # batch-norm's statistics have taken in what is skipped
+        for buffer, before in zip(player.learner.buffers(), buffers, strict=True):
+            buffer.copy_(before)
     player.optimizer.zero_grad(set_to_none=True)
     logged |= {"lr": rate, "gradient_norm": norm, "skipped": float(not finite)}
     return logged, terminated
