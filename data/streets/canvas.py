@@ -56,10 +56,11 @@ class Dice:
         value, warmth = self(low, high), self(-spread, spread)
         return value + warmth, value, value - warmth
 
-    def paint(self) -> tuple[float, float, float]:
-        """A colour as clothes and paint have it: mostly dull, sometimes bright."""
-        value, strength = self(30, 225), self(0, 0.25) if self.chance(0.65) else self(0.4, 0.85)
-        return tuple(value * (1 - strength * self()) for _ in range(3))  # type: ignore[return-value]
+    def paint(self, bright: float = 0.35) -> tuple[float, float, float]:
+        """A colour as clothes and paint have it: dull, or bright with that probability."""
+        vivid = self.chance(bright)
+        value, strength = (self(90, 235), self(0.5, 0.9)) if vivid else (self(30, 225), self(0, 0.25))
+        return value * (1 - strength * self()), value * (1 - strength * self()), value * (1 - strength * self())
 
     def clouds(self, shape: tuple[int, int], cells: tuple[float, float], octaves: int = 3) -> np.ndarray:
         """Smooth noise float32 [h, w] in about -1..1; cells are the waves across the height and width."""

@@ -33,6 +33,7 @@ from data.streets.canvas import (
     mip_levels,
 )  # fmt: skip
 
+VESTS = [(222, 226, 60), (240, 140, 40), (206, 46, 50), (60, 150, 220)]  # what riders like to be seen in
 GLASS, TYRE, DARK = (52, 60, 68), (26, 26, 28), (44, 44, 48)
 
 Painter = Callable[[Dice, float], Canvas]
@@ -170,7 +171,7 @@ def _foliage(c: Canvas, dice: Dice, x: float, y: float, rx: float, ry: float, de
     inside = dx * dx + dy * dy < density + 0.75 * edge
     summer = [(84, 112, 48), (62, 92, 52), (100, 116, 60), (72, 84, 56)]
     autumn = [(134, 116, 52), (124, 84, 50), (104, 98, 88)]
-    green = np.array(dice.pick(summer if dice.chance(0.85) else autumn), np.float32)
+    green = np.array(dice.pick(summer if dice.chance(0.92) else autumn), np.float32)
     light = 1 + 0.45 * clumps + 0.25 * dy - 0.1 * dx
     c.image[inside, :3] = np.clip(green * light[..., None], 0, 255)[inside]
     c.label[inside] = VEGETATION
@@ -217,8 +218,8 @@ def _skyline(dice: Dice, s: float) -> Canvas:
     return c
 
 
-def _post(c: Canvas, dice: Dice, top: float, width: float = 0.13) -> None:
-    x, colour = c.width / 2, dice.grey(70, 170)
+def _post(c: Canvas, dice: Dice, top: float, width: float = 0.18) -> None:
+    x, colour = c.width / 2, dice.grey(115, 180)
     c.rect(x - width / 2, 0, x + width / 2, top, colour, POLE)
     c.rect(x, 0, x + width / 2, top, [v * 0.75 for v in colour])
 
@@ -242,7 +243,7 @@ def _sign(dice: Dice, s: float) -> Canvas:
     _post(c, dice, height - size * 0.4, 0.12)
     x, y, r = c.width / 2, height - size / 2, size / 2
     face, edge = dice.pick([((230, 230, 226), (178, 34, 38)), ((34, 74, 160), (235, 235, 235)),
-                            ((236, 196, 40), (240, 240, 235)), ((150, 150, 146), (120, 120, 118)),
+                            ((236, 196, 40), (240, 240, 235)),
                             ((170, 30, 34), (235, 235, 230)), ((40, 110, 70), (220, 224, 220))])  # fmt: skip
     if wide:
         c.rect(0, height - size, c.width, height, edge, TRAFFIC_SIGN)
@@ -427,7 +428,8 @@ def _coach(dice: Dice, s: float, view: str, label: int, length: float, width: fl
 
 def _body(c: Canvas, dice: Dice, x: float, hip: float, lean: float, label: int, size: float = 1.0) -> None:
     """Trunk, arms and head above the hip; the legs depend on what the person does."""
-    coat, skin = dice.paint(), dice.pick([(222, 178, 150), (196, 148, 118), (140, 100, 78), (92, 66, 52)])
+    coat = dice.pick(VESTS) if label == RIDER and dice.chance(0.6) else dice.paint(bright=0.6)
+    skin = dice.pick([(222, 178, 150), (196, 148, 118), (140, 100, 78), (92, 66, 52)])
     hair = dice.grey(25, 110, 10)
     top = x + lean, hip + 0.6 * size
     c.bar((x, hip - 0.08), top, 0.4 * size, coat, label)
@@ -445,7 +447,7 @@ def _person(dice: Dice, s: float) -> Canvas:
     size = dice(0.9, 1.08) if dice.chance(0.85) else dice(0.6, 0.8)
     c = Canvas(0.9, 1.9 * size, 56 * s)
     hip, x, stride = 0.88 * size, 0.45, dice(0.02, 0.28)
-    legs = dice.paint() if dice.chance(0.4) else dice.grey(35, 90)
+    legs = dice.paint() if dice.chance(0.4) else (dice(30, 60), dice(40, 70), dice(70, 120))
     if dice.chance(0.2):  # a skirt or long coat
         c.poly([(x - 0.16, hip), (x + 0.16, hip), (x + 0.27, 0.4), (x - 0.27, 0.4)], legs, PERSON)
     for side in (-1, 1):

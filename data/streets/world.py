@@ -64,7 +64,7 @@ class World:
         self.trees = {side: dice(6, 14) if dice.chance(0.6) else 0.0 for side in (-1, 1)}
         self.town = dice.pick([(8, 1, 1, 1), (4, 3, 2, 2), (1.5, 4, 2.5, 2.5)], [5, 3, 2])  # see _lots
         self.busy, self.crowd = dice(0.1, 1), dice(0, 1) ** 2
-        self.rails = dice.chance(0.14) and self.oncoming > 0
+        self.rails = dice.chance(0.2) and self.oncoming > 0
         self.lanes = {lane: dice(0.9, 1.25) * self.speed * (-1 if lane < 0 else 1)
                       for lane in range(-self.oncoming, self.same + 1)}  # fmt: skip
         self.light = _light(dice)
@@ -89,10 +89,10 @@ class World:
 
 def _light(dice: Dice) -> dict[str, Any]:
     """Time of day and weather: colours multiply the picture, so every class shares the same range of them."""
-    hour = dice.pick(["day", "overcast", "low sun", "dusk"], [5, 4, 2, 0.9])
-    level = {"day": dice(1.0, 1.45), "overcast": dice(0.75, 1.15), "low sun": dice(0.8, 1.25),
-             "dusk": dice(0.3, 0.6)}  # fmt: skip
-    warm = {"day": dice(-0.05, 0.08), "overcast": dice(-0.08, 0.04), "low sun": dice(0.08, 0.25),
+    hour = dice.pick(["day", "overcast", "low sun", "dusk"], [6, 4, 1.5, 0.8])
+    level = {"day": dice(1.0, 1.3), "overcast": dice(0.9, 1.15), "low sun": dice(0.9, 1.2),
+             "dusk": dice(0.45, 0.7)}  # fmt: skip
+    warm = {"day": dice(-0.05, 0.08), "overcast": dice(-0.08, 0.04), "low sun": dice(0.05, 0.18),
             "dusk": dice(-0.2, 0.0)}[hour]  # fmt: skip
     top, low = {
         "day": ((dice(60, 140), dice(115, 175), dice(195, 240)), (dice(190, 225), dice(205, 230), dice(215, 240))),
@@ -101,18 +101,18 @@ def _light(dice: Dice) -> dict[str, Any]:
                     (dice(235, 255), dice(190, 225), dice(130, 190))),
         "dusk": ((dice(25, 70), dice(35, 80), dice(70, 120)), (dice(90, 190), dice(80, 130), dice(90, 130))),
     }[hour]
-    foggy = dice.chance(0.08)
-    haze = dice(0.015, 0.04) if foggy else dice(0.001, 0.007)
+    foggy = dice.chance(0.06)
+    haze = dice(0.012, 0.03) if foggy else dice(0.001, 0.005)
     return {
         "ambient": np.array([1 + warm, 1, 1 - warm], np.float32) * level[hour],
         "dusk": hour == "dusk", "lamps": dice(0.9, 1.6),
         "top": np.array(low if foggy else top, np.float32), "low": np.array(low, np.float32),
         "fog": np.array(low, np.float32) * dice(0.75, 1.0), "haze": haze,
         "clouds": dice(0, 45) if hour != "dusk" else dice(0, 15),
-        "shadow": 0.0 if foggy else {"day": dice(0.3, 0.6), "low sun": dice(0.3, 0.55)}.get(hour, dice(0, 0.15)),
+        "shadow": 0.0 if foggy else {"day": dice(0.25, 0.5), "low sun": dice(0.25, 0.5)}.get(hour, dice(0, 0.15)),
         "sun": dice.pick([-1, 1]), "reach": dice(0.15, 0.9),
-        "sensor": dice(1, 4) + (dice(2, 6) if hour == "dusk" else 0), "blur": dice(0, 0.95) ** 2,
-        "contrast": dice(0.85, 1.15),
+        "sensor": dice(1, 3) + (dice(1, 4) if hour == "dusk" else 0), "blur": dice(0, 0.85) ** 2,
+        "contrast": dice(0.9, 1.12),
     }  # fmt: skip
 
 
@@ -126,6 +126,12 @@ def _house(dice: Dice) -> Colour:
                       (0.7, 0.75, 0.82), (0.72, 0.8, 0.66), (0.9, 0.7, 0.66), (0.42, 0.4, 0.42)])  # fmt: skip
     value = dice(0.7, 1.05)
     return [value * v for v in tint]
+
+
+FENCES = [(1.0, 0.72, 0.5), (0.8, 0.55, 0.38), (0.6, 0.78, 0.6), (0.95, 0.92, 0.86)]  # wood, paint
+LIVERIES = {"bus": [(1, 0.72, 0.2), (0.85, 0.25, 0.22), (0.3, 0.5, 0.85), (0.95, 0.93, 0.88)],
+            "truck": [(0.95, 0.95, 0.95), (0.95, 0.62, 0.3), (0.45, 0.62, 0.58)],
+            "train": [(0.95, 0.9, 0.66), (0.55, 0.8, 0.58), (0.9, 0.88, 0.9), (0.8, 0.4, 0.35)]}  # fmt: skip
 
 
 def _livery(dice: Dice) -> Colour:
@@ -145,8 +151,8 @@ def _cross_sections(world: World) -> tuple[np.ndarray, np.ndarray]:
         side, near, far = place
         strip(min(side * near, side * far), max(side * near, side * far), colour, label, slice(PLAIN, JUNCTION))
 
-    asphalt, slabs = dice.grey(62, 140, 6), dice.grey(85, 190, 12)
-    grass = dice.pick([(88, 116, 54), (112, 120, 66), (74, 96, 50), (138, 122, 84), (120, 104, 80)])
+    asphalt, slabs = dice.grey(64, 116, 5), dice.grey(100, 185, 10)
+    grass = dice.pick([(108, 136, 60), (126, 136, 70), (94, 120, 54), (150, 134, 88), (132, 114, 84)])
     strip(-HALF, HALF, asphalt, ROAD)
     for side in (-1, 1):
         edge, green, line = world.kerb[side], world.kerb[side] + world.verge[side], world.line[side]
@@ -203,7 +209,7 @@ def _chunk(world: World, dice: Dice, start: float) -> None:
         rail = world.rails and lane == -world.oncoming
         while z < end - 6:
             kind = "train" if rail and dice.chance(0.5) else dice.pick(["car", "truck", "bus", "cyclist", "biker"],
-                                                                       [24, 0.9, 0.8, 0.25, 0.4])  # fmt: skip
+                                                                       [24, 0.9, 1.0, 0.3, 0.5])  # fmt: skip
             x = lane * world.lane + dice(-0.3, 0.3)
             if kind in ("cyclist", "biker"):
                 x += dice(0.3, 1.2) * (1 if lane >= 0 else -1)
@@ -232,7 +238,8 @@ def _lots(world: World, dice: Dice, side: int, z: float, end: float) -> None:
             if back - line > 1 and lot == "building" and dice.chance(0.6):
                 lot = dice.pick(["wall", "fence"])
         if lot in ("wall", "fence"):
-            height, tint, variant = dice(0.8, 2.2) + 0.6 * (lot == "wall"), _house(dice), dice.below(12)
+            height, variant = dice(0.8, 2.2) + 0.6 * (lot == "wall"), dice.below(12)
+            tint = _grey(dice, 0.65, 1.05, 0.12) if lot == "wall" else dice.pick(FENCES)
             count = max(1, round(length / 5))
             for k in range(count):
                 ends = z + k * length / count, z + (k + 1) * length / count
@@ -262,12 +269,12 @@ def _kerbside(world: World, dice: Dice, side: int, z: float, end: float) -> None
         while at < end - 8:
             kind = dice.pick(["car", "truck"], [50, 1])
             at += _box(world, dice, kind, side * (kerb - 1.1), at, side < 0) + dice(0.8, 13)
-    while dice.chance(0.45 + 0.42 * world.crowd):
+    while dice.chance(0.5 + 0.38 * world.crowd):
         x, walk = side * dice(kerb + 0.3, line - 0.3), dice(-0.08, 0.08) * dice.chance(0.7)
         at = dice(z, end)
         for _ in range(1 + dice.below(3) * dice.chance(0.4)):
             _person(world, dice, x + dice(-0.5, 0.5), at + dice(0, 0.6), vz=walk)
-    while dice.chance(0.4):
+    while dice.chance(0.5):
         kind, view = dice.pick(["bicycle", "motorcycle"], [3, 1]), dice.pick(["side", "rear"])
         x = side * dice(kerb + 0.3, line - 0.2)
         _flat(world, dice, f"{kind} {view}", 8, x, dice(z, end), _grey(dice, 0.6, 1.2))
@@ -315,12 +322,14 @@ def _person(world: World, dice: Dice, x: float, z: float, *, vx: float = 0.0, vz
 
 
 def _plant(world: World, dice: Dice, kind: str, x: float, z: float, size: float) -> None:
-    _flat(world, dice, kind, 36, x, z, _grey(dice, 0.6, 1.2, 0.15), size=size)
+    _flat(world, dice, kind, 36, x, z, _grey(dice, 0.7, 1.2, 0.1), size=size)
 
 
 def _box(world: World, dice: Dice, kind: str, x: float, z: float, towards: bool, vz: float = 0.0) -> float:
     """A vehicle seen from its end and along its inner side; returns its length."""
-    variant, tint = dice.below(24), _livery(dice) if kind in ("car", "truck") else _grey(dice, 0.5, 1.05, 0.2)
+    variant, tint = dice.below(24), _livery(dice)
+    if kind in LIVERIES:
+        tint = [v * dice(0.75, 1.05) for v in dice.pick(LIVERIES[kind])]
     end, flank = sprite(f"{kind} {'front' if towards else 'rear'}", variant, 1), sprite(f"{kind} side", variant, 1)
     _across(world, f"{kind} {'front' if towards else 'rear'}", variant, x, end.width, z, end.height, tint, 0, vz,
             end.width * 1.25)  # fmt: skip
