@@ -119,7 +119,7 @@ def gradients(loss: Tensor, answer: Answer) -> list[Tensor]:
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if "smoothed" not in v])  # which costs its entropy
 def test_perfect_student_costs_nothing(variant: str) -> None:
-    """A divergence, not a soft cross-entropy, which has the same gradient and the teacher's entropy as its value."""
+    """A divergence, not a soft cross-entropy, whose gradient is the same but whose value is an entropy."""
     term = objective(variant, TEACHER_TAPS, TEACHER_TAPS).double()
     _, teacher, labels = answers()
     student = changed(teacher, torch.clone)
@@ -510,6 +510,14 @@ def test_nothing_valid_is_zero() -> None:
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("function", [kl_divergence, affinity, attention_transfer, fitnet])
+def test_functions_give_the_teacher_no_gradient(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    ours, theirs, _ = logits_and_labels((4, 4), (4, 4))
+    function(ours, theirs.requires_grad_()).backward()
+    assert ours.grad is not None
+    assert theirs.grad is None
+
+
 # ----------------------------------------------------------------------------------------------- features
 
 
@@ -638,6 +646,16 @@ def test_pixel_terms_alone_and_together_are_the_same() -> None:
     torch.testing.assert_close(both, ce + kl)
     torch.testing.assert_close(gradient, ce_gradient + kl_gradient)
     torch.testing.assert_close(values, ce_values | kl_values)
+    expected = eager(
+        student.logits,
+        labels,
+        teacher.logits,
+        ce_weight=0.0,
+        kl_weight=1.0,
+        temperature=3.0,
+        kl_class_weights=WEIGHTS,
+    )
+    torch.testing.assert_close(values["kd"], expected.detach())
 
 
 @pytest.mark.parametrize(
