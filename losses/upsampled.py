@@ -161,7 +161,9 @@ class _UpsampledLoss(torch.autograd.Function):
         batch, classes = student_logits.shape[:2]
         size = (labels.shape[-2], labels.shape[-1])
         student = _Rows(student_logits, size, settings.align_corners)
-        teacher = None if teacher_logits is None else _Rows(teacher_logits, size, settings.align_corners)
+        teacher = None
+        if teacher_logits is not None:  # upsampling is linear, so the temperature may divide before it
+            teacher = _Rows(teacher_logits / settings.temperature, size, settings.align_corners)
 
         # The type of the sums and of the gradient, and what each class and pixel weighs in them.
         like = full_precision(student_logits.new_zeros(()))
@@ -171,7 +173,7 @@ class _UpsampledLoss(torch.autograd.Function):
         kl_weights = kl_weights / safe(kl_denominator, like)
         ce, kl = (like.new_zeros((), dtype=torch.float64) for _ in range(2))
         wanted = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(student_logits, dtype=like.dtype) if wanted else None
+        gradient = torch.zeros_like(student.native) if wanted else None
 
         budget = BLOCK_ELEMENTS.get(student_logits.device.type, BLOCK_ELEMENTS["cuda"])
         step = max(1, budget // (batch * classes * size[1]))
@@ -182,25 +184,17 @@ class _UpsampledLoss(torch.autograd.Function):
             target = torch.where(labelled, target, 0)
             rows, matrix_RK = student.block(start, stop)
             logits = student.upsample(rows, matrix_RK)
-            block = torch.zeros_like(logits) if wanted else None
-
+            answers = _Answers(logits)
             if settings.ce_weight:
-                ce += _cross_entropy(logits, target, labelled, ce_weights, settings, block)
+                ce += _cross_entropy(answers, target, labelled, ce_weights, settings)
             if teacher is not None:
-                kl += _distillation(
-                    logits,
-                    teacher.upsample(*teacher.block(start, stop)),
-                    target,
-                    labelled,
-                    kl_weights,
-                    settings,
-                    block,
-                )
-            if gradient is not None and block is not None:
-                gradient[:, :, rows] += student.transpose(block, matrix_RK)
+                soft = F.log_softmax(teacher.upsample(*teacher.block(start, stop)), dim=1)
+                kl += _distillation(answers, soft, target, labelled, kl_weights, settings)
+            if gradient is not None:
+                gradient[:, :, rows] += student.transpose(answers.gradient(), matrix_RK)
 
         if gradient is not None:
-            ctx.save_for_backward(gradient.to(student_logits.dtype))
+            ctx.save_for_backward(torch.empty_like(student_logits).copy_(gradient))
         loss = (settings.ce_weight * ce + settings.kl_weight * kl).to(like.dtype)
         ce, kl = ce.to(like.dtype), kl.to(like.dtype)
         ctx.mark_non_differentiable(ce, kl)
@@ -213,53 +207,58 @@ class _UpsampledLoss(torch.autograd.Function):
         return gradient * grad_loss.to(gradient.dtype), None, None, None, None, None, None, None
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and the logarithm of their normaliser [B, 1, R, W], with one exponential an element."""
-    highest = logits.amax(1, keepdim=True)
-    weights = (logits - highest).exp_()
-    total = weights.sum(1, keepdim=True)
-    return weights.div_(total), total.log_().add_(highest)
+class _Answers:
+    """Log-probabilities of a block of logits at the temperatures that are asked for, and what reaches them.
+
+    Each temperature keeps the gradient with respect to its log-probabilities; one fused backward pass of the
+    log-softmax turns that into the gradient with respect to the logits.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.at_temperature: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def at(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [B, C, R, W], and the buffer that takes the gradient with respect to them."""
+        if temperature not in self.at_temperature:
+            logits = self.logits if temperature == 1 else self.logits / temperature
+            log_probabilities = F.log_softmax(logits, dim=1)
+            self.at_temperature[temperature] = log_probabilities, torch.zeros_like(log_probabilities)
+        return self.at_temperature[temperature]
+
+    def gradient(self) -> Tensor:
+        """With respect to the logits [B, C, R, W]."""
+        total = None
+        for temperature, (log_probabilities, upstream) in self.at_temperature.items():
+            part = torch.ops.aten._log_softmax_backward_data(upstream, log_probabilities, 1, upstream.dtype)
+            part = part if temperature == 1 else part.div_(temperature)
+            total = part if total is None else total.add_(part)
+        return torch.zeros_like(self.logits) if total is None else total
 
 
 def _cross_entropy(
-    logits: Tensor, target: Tensor, labelled: Tensor, weights: Tensor, settings: _Settings, gradient: Tensor | None
+    answers: _Answers, target: Tensor, labelled: Tensor, weights: Tensor, settings: _Settings
 ) -> Tensor:
-    """The block's weighted sum; adds `ce_weight` times its gradient to `gradient`."""
-    probabilities, normaliser = _softmax(logits)
+    """The block's weighted sum; hands `ce_weight` times its gradient to `answers`."""
+    log_probabilities, upstream = answers.at(1.0)
     smoothing = settings.label_smoothing
-    pixel = (weights[target] * labelled).unsqueeze(1)  # [B, 1, R, W]
-    value = (1 - smoothing) * (pixel * (normaliser - logits.gather(1, target.unsqueeze(1)))).sum(
-        dtype=torch.float64
-    )
-    spread = weights.view(1, -1, 1, 1) * (smoothing / len(weights))  # every class's share of the target
-    if smoothing:
-        value = value + (spread * (normaliser - logits) * labelled.unsqueeze(1)).sum(dtype=torch.float64)
-    if gradient is not None:
-        mass = (1 - smoothing) * pixel + spread.sum() * labelled.unsqueeze(1)
-        gradient.addcmul_(probabilities, mass, value=settings.ce_weight)
-        gradient.scatter_add_(1, target.unsqueeze(1), -settings.ce_weight * (1 - smoothing) * pixel)
-        if smoothing:
-            gradient.sub_(settings.ce_weight * spread * labelled.unsqueeze(1))
+    pixel = (weights[target] * labelled).mul_(1 - smoothing).unsqueeze(1)  # [B, 1, R, W]
+    value = -(pixel * log_probabilities.gather(1, target.unsqueeze(1))).sum(dtype=torch.float64)
+    if smoothing:  # every class's share of the target
+        spread = weights.view(1, -1, 1, 1) * (smoothing / len(weights)) * labelled.unsqueeze(1)
+        value -= (spread * log_probabilities).sum(dtype=torch.float64)
+        upstream.sub_(spread, alpha=settings.ce_weight)
+    upstream.scatter_add_(1, target.unsqueeze(1), pixel.mul_(-settings.ce_weight))
     return value
 
 
 def _distillation(
-    logits: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    labelled: Tensor,
-    weights: Tensor,
-    settings: _Settings,
-    gradient: Tensor | None,
+    answers: _Answers, soft: Tensor, target: Tensor, labelled: Tensor, weights: Tensor, settings: _Settings
 ) -> Tensor:
-    """The block's weighted sum of T² KL; adds `kl_weight` times its gradient to `gradient`."""
-    temperature = settings.temperature
-    student, teacher = logits / temperature, teacher / temperature
-    ours, our_normaliser = _softmax(student)
-    theirs, their_normaliser = _softmax(teacher)
-    pixel = (weights[target] * labelled).unsqueeze(1)
-    divergence = (theirs * (teacher - student)).sum(1, keepdim=True) - their_normaliser + our_normaliser
-    value = temperature**2 * (pixel * divergence).sum(dtype=torch.float64)
-    if gradient is not None:
-        gradient.addcmul_(ours.sub_(theirs), pixel, value=temperature * settings.kl_weight)
+    """The block's weighted sum of T² KL, from the teacher's log-probabilities; likewise."""
+    log_probabilities, upstream = answers.at(settings.temperature)
+    pixel = (weights[target] * labelled).mul_(settings.temperature**2).unsqueeze(1)
+    expected = soft.exp().mul_(pixel)
+    value = (soft.sub_(log_probabilities).mul_(expected)).sum(dtype=torch.float64)
+    upstream.sub_(expected, alpha=settings.kl_weight)
     return value
