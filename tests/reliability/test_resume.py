@@ -134,7 +134,7 @@ def test_the_reference_is_what_it_should_be(reference: Path) -> None:
     ("event", "from_step"),
     [
         ({"kill_in_step": 1}, 0),
-        ({"kill_in_step": 7}, 6),
+        ({"kill_in_step": 8}, 6),
         ({"kill_at_operation": ["write", "state.pt", 1]}, 3),
         ({"kill_at_operation": ["replace", ".step_00000009.tmp", 0]}, 6),
         ({"kill_at_operation": ["write", "metrics.jsonl", 4]}, 6),
