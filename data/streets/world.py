@@ -1,7 +1,7 @@
 """What stands where: the street of one scene as upright panels and cross-sections of the ground, and its light.
 
 The street winds along z (metres ahead); x is the way to the right of its line, in metres too. It is made of chunks
-of 35 m, each a function of (seed, index, chunk), so a clip of any length continues the scene that it begins with.
+of 40 m, each a function of (seed, index, chunk), so a clip of any length continues the scene that it begins with.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from data.streets.canvas import ROAD, SIDEWALK, TERRAIN, Colour, Dice
 from data.streets.sprites import sprite
 
-START, FAR, CHUNK = 2.0, 96.0, 35.0  # metres: the camera's first place, how far it sees, a chunk's length
+START, FAR, CHUNK = 2.0, 70.0, 40.0  # metres: the camera's first place, how far it sees, a chunk's length
 SKYLINE = -1.0  # the skyline's z is no place: it goes with the camera
 HALF, CELLS = 24.0, 20  # the street's cross-section spans ±HALF metres, with so many cells to the metre
 PLAIN, DASHED, ZEBRA, STOP, JUNCTION = range(5)  # kinds of cross-section
@@ -50,7 +50,7 @@ class World:
 
     def __post_init__(self) -> None:
         dice = self.dice
-        self.focal, self.eye, self.horizon = dice(0.85, 1.15), dice(1.15, 1.75), dice(0.34, 0.48)
+        self.focal, self.eye, self.horizon = dice(1.05, 1.4), dice(1.2, 1.8), dice(0.34, 0.48)
         self.speed = dice(0.25, 0.7)  # metres a frame
         self.bend, self.bend_length, self.bend_phase = dice(0, 7), dice(35, 90), dice(0, 6.3)
         self.yaw, self.shift = dice(-0.04, 0.04), dice(-0.5, 0.5)
@@ -205,7 +205,7 @@ def _chunk(world: World, dice: Dice, start: float) -> None:
         _lots(world, dice, side, begin, end)
         _kerbside(world, dice, side, begin, end)
     for lane, speed in world.lanes.items():
-        z = start + dice(6, 60) / (0.4 + world.busy)
+        z = start + 4 + dice(6, 60) / (0.4 + world.busy)
         rail = world.rails and lane == -world.oncoming
         while z < end - 6:
             kind = "train" if rail and dice.chance(0.5) else dice.pick(["car", "truck", "bus", "cyclist", "biker"],
@@ -268,7 +268,7 @@ def _kerbside(world: World, dice: Dice, side: int, z: float, end: float) -> None
         at = z + dice(0, 8)
         while at < end - 8:
             kind = dice.pick(["car", "truck"], [50, 1])
-            at += _box(world, dice, kind, side * (kerb - 1.1), at, side < 0) + dice(0.8, 13)
+            at += _box(world, dice, kind, side * (kerb - 1.1), at, side < 0) + dice(0.8, 16)
     while dice.chance(0.5 + 0.38 * world.crowd):
         x, walk = side * dice(kerb + 0.3, line - 0.3), dice(-0.08, 0.08) * dice.chance(0.7)
         at = dice(z, end)
