@@ -42,10 +42,10 @@ demo-clean:  ## delete the demo's runs
 	rm -rf runs/demo
 
 test: setup-dev  ## the tests, in minutes
-	$(RUN) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 test-slow: setup-dev  ## the long tests
-	$(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
 lint: setup-dev  ## style, lint and types
 	$(VENV)/bin/ruff format --check $(CHECKED)
