@@ -40,10 +40,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         delete_checkpoint(target)
     temporary.replace(target)
     sync(folder)
-    newest = checkpoints(folder)[-keep:]
-    for path in sorted(folder.iterdir()):  # older ones, and what was left where a save or a deletion was cut short
-        if path not in newest and re.fullmatch(r"step_\d{8}|\.step_\d{8}\.tmp", path.name):
-            delete_checkpoint(path)
+    clear_checkpoints(folder, keep)
     return target
 
 
@@ -74,6 +71,14 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     if hashlib.sha256(data).hexdigest() != expected:
         raise DamagedFileError(f"{newest / STATE}: damaged, its SHA-256 is not that of the manifest; {advice}")
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def clear_checkpoints(folder: Path, keep: int) -> None:
+    """Deletes all but the newest `keep`, and what was left where a save or a deletion was cut short."""
+    newest = checkpoints(folder)[-keep:]
+    for path in sorted(folder.iterdir()):
+        if path not in newest and re.fullmatch(r"step_\d{8}|\.step_\d{8}\.tmp", path.name):
+            delete_checkpoint(path)
 
 
 def delete_checkpoint(path: Path) -> None:

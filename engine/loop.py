@@ -15,7 +15,7 @@ from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from engine.checkpoint import load_checkpoint, replace_folder, save_checkpoint
+from engine.checkpoint import clear_checkpoints, load_checkpoint, replace_folder, save_checkpoint
 from errors import ConfigurationError, DamagedFileError, NonFiniteError, Terminated
 from evaluation.metrics import ConfusionMatrix, scores
 
@@ -438,6 +438,8 @@ def restore(run: "Run", players: list[Player], progress: Progress) -> None:
         vars(progress).update(state["progress"])
     if run.is_main:
         run.metrics.rewind(progress.step)
+        if state is not None:
+            clear_checkpoints(folder, run.config.train.keep_checkpoints)
     run.accelerator.wait_for_everyone()
 
 

@@ -158,6 +158,12 @@ def terminate_in_step(step: int) -> None:
     kill_in_step(step, signal.SIGTERM)
 
 
+def terminate_rank_in_step(where: list[int]) -> None:
+    """SIGTERM to one of several processes: [rank, step]."""
+    if int(os.environ["RANK"]) == where[0]:
+        terminate_in_step(where[1])
+
+
 def terminate_group_after_step(step: int) -> None:
     """SIGTERM from without to the whole process group, as schedulers send it: to the loader's workers too."""
     import engine.loop

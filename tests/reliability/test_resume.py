@@ -139,6 +139,7 @@ def test_the_reference_is_what_it_should_be(reference: Path) -> None:
         ({"kill_at_operation": ["replace", ".step_00000009.tmp", 0]}, 6),
         ({"kill_at_operation": ["write", "metrics.jsonl", 4]}, 6),
         ({"kill_at_operation": ["replace", ".best.tmp", 1]}, 9),
+        ({"kill_at_operation": ["rmdir", "step_00000006", 0]}, 12),
         ({"kill_at_operation": ["replace", "results.tmp", 0]}, 12),
     ],
     ids=str,
@@ -147,7 +148,7 @@ def test_killed_and_resumed(
     forks: Forks, reference: Path, tmp_path: Path, event: dict[str, Any], from_step: int
 ) -> None:
     """In the first steps, between checkpoints, in the middle of writing one, before its rename, in a line of the
-    log, between the two renames of best/, and before the results."""
+    log, between the two renames of best/, in the last deletion of an old checkpoint, and before the results."""
     run = tmp_path / "run"
     event = {k: [str(run), *v] if isinstance(v, list) else v for k, v in event.items()}
     completed(forks.script("train_teacher.py", f"run_dir={run}", *TEACHER, **event), -9)
@@ -253,7 +254,8 @@ def test_killed_at_every_operation_on_files(forks: Forks, reference: Path, tmp_p
         completed(forks.script("train_teacher.py", f"run_dir={run}", *TEACHER, kill_at=event), -9)
         again = [str(run / "config.yaml")] if (run / "config.yaml").exists() else [f"run_dir={run}", *TEACHER]
         outcome = forks.script("train_teacher.py", *again, "resume=true")
-        assert outcome.code == 0, f"{number}, {name}: {outcome.text}"
+        print(number, name)
+        assert outcome.code == 0, outcome.text
         assert_same(run, reference)
 
 
@@ -275,5 +277,6 @@ def test_killed_at_every_operation_of_a_resumption(forks: Forks, reference: Path
         again = cut_off(run)
         completed(forks.script("train_teacher.py", *again, kill_at=[str(run), number]), -9)
         outcome = forks.script("train_teacher.py", *again)
-        assert outcome.code == 0, f"{number}, {name}: {outcome.text}"
+        print(number, name)
+        assert outcome.code == 0, outcome.text
         assert_same(run, reference)
