@@ -164,11 +164,11 @@ def _fence(dice: Dice, s: float) -> Canvas:
 def _foliage(c: Canvas, dice: Dice, x: float, y: float, rx: float, ry: float, density: float) -> None:
     """A ragged crown: noise decides its edge and its clumps of light and dark."""
     height, width = c.label.shape
-    cells = min(14, c.height * 1.6), min(30, c.width * 1.6)
+    cells = min(10, c.height * 1.1), min(22, c.width * 1.1)
     edge, clumps = dice.clouds((height, width), cells), dice.clouds((height, width), cells)
     v, u = np.mgrid[:height, :width].astype(np.float32) / np.float32(c.scale)
     dx, dy = (u - x) / rx, (c.height - v - y) / ry
-    inside = dx * dx + dy * dy < density + 0.75 * edge
+    inside = dx * dx + dy * dy < density + 0.45 * edge
     summer = [(84, 112, 48), (62, 92, 52), (100, 116, 60), (72, 84, 56)]
     autumn = [(134, 116, 52), (124, 84, 50), (104, 98, 88)]
     green = np.array(dice.pick(summer if dice.chance(0.92) else autumn), np.float32)
@@ -266,7 +266,7 @@ def _light(dice: Dice, s: float) -> Canvas:
     height = dice(2.8, 4.4)
     c = Canvas(0.6, height, 48 * s)
     _post(c, dice, height - 0.3, 0.15)
-    c.rect(0.04, height - 1.25, 0.56, height, dice.pick([DARK, (60, 62, 50), (150, 130, 40)]), TRAFFIC_LIGHT)
+    c.rect(0.04, height - 1.25, 0.56, height, dice.pick([DARK, (40, 44, 40), (196, 160, 40)]), TRAFFIC_LIGHT)
     lit = dice.below(3)
     for k, colour in enumerate([(60, 220, 130), (245, 190, 60), (240, 50, 40)]):
         on = k == lit
@@ -428,7 +428,7 @@ def _coach(dice: Dice, s: float, view: str, label: int, length: float, width: fl
 
 def _body(c: Canvas, dice: Dice, x: float, hip: float, lean: float, label: int, size: float = 1.0) -> None:
     """Trunk, arms and head above the hip; the legs depend on what the person does."""
-    coat = dice.pick(VESTS) if label == RIDER and dice.chance(0.6) else dice.paint(bright=0.6)
+    coat = dice.pick(VESTS) if label == RIDER and dice.chance(0.85) else dice.paint(bright=0.75)
     skin = dice.pick([(222, 178, 150), (196, 148, 118), (140, 100, 78), (92, 66, 52)])
     hair = dice.grey(25, 110, 10)
     top = x + lean, hip + 0.6 * size
@@ -461,7 +461,8 @@ def _person(dice: Dice, s: float) -> Canvas:
 
 def _cycle(c: Canvas, dice: Dice, view: str, label: int) -> None:
     """A bicycle or motorcycle, from the side or from behind."""
-    motor, colour, x = label == MOTORCYCLE, dice.paint(), c.width / 2
+    motor, x = label == MOTORCYCLE, c.width / 2
+    colour = dice.paint(bright=0.8 if motor else 0.4)
     radius, base = (0.3, 0.66) if motor else (0.34, 0.52)
     if view == "rear":
         c.rect(x - (0.1 if motor else 0.045), 0, x + (0.1 if motor else 0.045), radius * 2, TYRE, label)

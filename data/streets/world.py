@@ -64,7 +64,7 @@ class World:
         self.trees = {side: dice(6, 14) if dice.chance(0.6) else 0.0 for side in (-1, 1)}
         self.town = dice.pick([(8, 1, 1, 1), (4, 3, 2, 2), (1.5, 4, 2.5, 2.5)], [5, 3, 2])  # see _lots
         self.busy, self.crowd = dice(0.1, 1), dice(0, 1) ** 2
-        self.rails = dice.chance(0.2) and self.oncoming > 0
+        self.rails = dice.chance(0.25) and self.oncoming > 0
         self.lanes = {lane: dice(0.9, 1.25) * self.speed * (-1 if lane < 0 else 1)
                       for lane in range(-self.oncoming, self.same + 1)}  # fmt: skip
         self.light = _light(dice)
@@ -96,7 +96,7 @@ def _light(dice: Dice) -> dict[str, Any]:
             "dusk": dice(-0.2, 0.0)}[hour]  # fmt: skip
     top, low = {
         "day": ((dice(60, 140), dice(115, 175), dice(195, 240)), (dice(190, 225), dice(205, 230), dice(215, 240))),
-        "overcast": (dice.grey(140, 215, 8), dice.grey(190, 240, 6)),
+        "overcast": (dice.grey(175, 225, 7), dice.grey(205, 245, 6)),
         "low sun": ((dice(110, 160), dice(130, 170), dice(170, 215)),
                     (dice(235, 255), dice(190, 225), dice(130, 190))),
         "dusk": ((dice(25, 70), dice(35, 80), dice(70, 120)), (dice(90, 190), dice(80, 130), dice(90, 130))),
@@ -111,7 +111,7 @@ def _light(dice: Dice) -> dict[str, Any]:
         "clouds": dice(0, 45) if hour != "dusk" else dice(0, 15),
         "shadow": 0.0 if foggy else {"day": dice(0.25, 0.5), "low sun": dice(0.25, 0.5)}.get(hour, dice(0, 0.15)),
         "sun": dice.pick([-1, 1]), "reach": dice(0.15, 0.9),
-        "sensor": dice(1, 3) + (dice(1, 4) if hour == "dusk" else 0), "blur": dice(0, 0.85) ** 2,
+        "sensor": dice(1, 2.5) + (dice(1, 4) if hour == "dusk" else 0), "blur": dice(0, 0.8) ** 2,
         "contrast": dice(0.9, 1.12),
     }  # fmt: skip
 
@@ -123,19 +123,22 @@ def _grey(dice: Dice, low: float, high: float, spread: float = 0.06) -> Colour:
 
 def _house(dice: Dice) -> Colour:
     tint = dice.pick([(1, 1, 1), (1, 0.93, 0.8), (0.95, 0.8, 0.6), (0.75, 0.5, 0.4), (0.6, 0.58, 0.56),
-                      (0.7, 0.75, 0.82), (0.72, 0.8, 0.66), (0.9, 0.7, 0.66), (0.42, 0.4, 0.42)])  # fmt: skip
+                      (0.7, 0.75, 0.82), (0.9, 0.7, 0.66), (0.82, 0.8, 0.78)])  # fmt: skip
     value = dice(0.7, 1.05)
     return [value * v for v in tint]
 
 
 FENCES = [(1.0, 0.72, 0.5), (0.8, 0.55, 0.38), (0.6, 0.78, 0.6), (0.95, 0.92, 0.86)]  # wood, paint
-LIVERIES = {"bus": [(1, 0.72, 0.2), (0.85, 0.25, 0.22), (0.3, 0.5, 0.85), (0.95, 0.93, 0.88)],
-            "truck": [(0.95, 0.95, 0.95), (0.95, 0.62, 0.3), (0.45, 0.62, 0.58)],
-            "train": [(0.95, 0.9, 0.66), (0.55, 0.8, 0.58), (0.9, 0.88, 0.9), (0.8, 0.4, 0.35)]}  # fmt: skip
+LIVERIES = {"bus": [(1, 0.72, 0.2), (0.85, 0.25, 0.22), (0.3, 0.5, 0.85)],
+            "truck": [(0.95, 0.95, 0.95), (0.98, 0.6, 0.25), (0.3, 0.45, 0.6)],
+            "train": [(0.98, 0.92, 0.6), (0.5, 0.85, 0.55), (0.6, 0.9, 0.85)]}  # fmt: skip
 
 
-def _livery(dice: Dice) -> Colour:
-    return [v / 225 for v in (dice.grey(25, 235, 8) if dice.chance(0.7) else dice.paint())]
+def _livery(dice: Dice, kind: str) -> Colour:
+    if kind == "car":
+        return [v / 225 for v in (dice.grey(25, 235, 8) if dice.chance(0.6) else dice.paint(0.8))]
+    value = dice(0.75, 1.05)
+    return [value * v for v in dice.pick(LIVERIES[kind])]
 
 
 def _cross_sections(world: World) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +154,7 @@ def _cross_sections(world: World) -> tuple[np.ndarray, np.ndarray]:
         side, near, far = place
         strip(min(side * near, side * far), max(side * near, side * far), colour, label, slice(PLAIN, JUNCTION))
 
-    asphalt, slabs = dice.grey(64, 116, 5), dice.grey(100, 185, 10)
+    asphalt, slabs = dice.grey(62, 110, 4), dice.grey(118, 190, 10)
     grass = dice.pick([(108, 136, 60), (126, 136, 70), (94, 120, 54), (150, 134, 88), (132, 114, 84)])
     strip(-HALF, HALF, asphalt, ROAD)
     for side in (-1, 1):
@@ -199,8 +202,8 @@ def _chunk(world: World, dice: Dice, start: float) -> None:
             for side in (-1, 1):
                 _stand(world, dice, "light", 12, side * (world.kerb[side] + 0.4), start - 1)
         if dice.chance(0.35):  # crossing traffic
-            _flat(world, dice, dice.pick(["car", "car", "bus", "truck"]) + " side", 24, dice(-14, 14), start + 4,
-                  _livery(dice), vx=dice(-0.6, 0.6))  # fmt: skip
+            kind, x = dice.pick(["car", "bus", "truck"], [2, 1, 1]), dice(-14, 14)
+            _flat(world, dice, f"{kind} side", 24, x, start + 4, _livery(dice, kind), vx=dice(-0.6, 0.6))
     for side in (-1, 1):
         _lots(world, dice, side, begin, end)
         _kerbside(world, dice, side, begin, end)
@@ -208,8 +211,8 @@ def _chunk(world: World, dice: Dice, start: float) -> None:
         z = start + 4 + dice(6, 60) / (0.4 + world.busy)
         rail = world.rails and lane == -world.oncoming
         while z < end - 6:
-            kind = "train" if rail and dice.chance(0.5) else dice.pick(["car", "truck", "bus", "cyclist", "biker"],
-                                                                       [24, 0.9, 1.0, 0.3, 0.5])  # fmt: skip
+            kind = dice.pick(["car", "truck", "bus", "cyclist", "biker"], [24, 1.6, 2.4, 0.6, 1.2])
+            kind = "train" if rail and dice.chance(0.7) else kind
             x = lane * world.lane + dice(-0.3, 0.3)
             if kind in ("cyclist", "biker"):
                 x += dice(0.3, 1.2) * (1 if lane >= 0 else -1)
@@ -229,7 +232,7 @@ def _lots(world: World, dice: Dice, side: int, z: float, end: float) -> None:
         if lot == "building" or dice.chance(0.35):
             back = line + (dice(0, 3) if lot == "building" and dice.chance(0.4) else 0) + 6 * (lot != "building")
             tint, variant = _house(dice), dice.below(40)
-            top = dice(4.5, 8) if world.town[0] < 2 else dice(8, 20)
+            top = dice(4.5, 8) if world.town[0] < 2 else dice(6, 16)
             lit = 1.12 if side == world.light["sun"] * -1 else 0.85
             _along(world, "building", variant, side * back, z, z + length, top, [v * lit for v in tint])
             depth = dice(9, 14)
@@ -261,21 +264,21 @@ def _kerbside(world: World, dice: Dice, side: int, z: float, end: float) -> None
     if world.trees[side]:
         for at in np.arange(z + dice(0, 5), end, world.trees[side]):
             _plant(world, dice, "tree", side * (kerb + 0.3 + world.verge[side] / 2), float(at), dice(0.6, 1.1))
-    for kind, variants, mean in (("lamp", 12, 1.0), ("sign", 36, 1.0), ("light", 12, 0.45), ("clutter", 20, 0.7)):
+    for kind, variants, mean in (("lamp", 12, 1.0), ("sign", 36, 1.0), ("light", 12, 0.7), ("clutter", 20, 0.7)):
         while dice.chance(mean / (1 + mean)):
             _stand(world, dice, kind, variants, side * (kerb + dice(0.3, 0.7)), dice(z, end))
     if world.parking[side]:
         at = z + dice(0, 8)
         while at < end - 8:
             kind = dice.pick(["car", "truck"], [50, 1])
-            at += _box(world, dice, kind, side * (kerb - 1.1), at, side < 0) + dice(0.8, 16)
-    while dice.chance(0.5 + 0.38 * world.crowd):
+            at += _box(world, dice, kind, side * (kerb - 1.1), at, side < 0) + dice(1, 20)
+    while dice.chance(0.55 + 0.35 * world.crowd):
         x, walk = side * dice(kerb + 0.3, line - 0.3), dice(-0.08, 0.08) * dice.chance(0.7)
         at = dice(z, end)
         for _ in range(1 + dice.below(3) * dice.chance(0.4)):
             _person(world, dice, x + dice(-0.5, 0.5), at + dice(0, 0.6), vz=walk)
-    while dice.chance(0.5):
-        kind, view = dice.pick(["bicycle", "motorcycle"], [3, 1]), dice.pick(["side", "rear"])
+    while dice.chance(0.6):
+        kind, view = dice.pick(["bicycle", "motorcycle"], [3, 2]), dice.pick(["side", "rear"], [2, 1])
         x = side * dice(kerb + 0.3, line - 0.2)
         _flat(world, dice, f"{kind} {view}", 8, x, dice(z, end), _grey(dice, 0.6, 1.2))
     if dice.chance(0.14):
@@ -327,9 +330,7 @@ def _plant(world: World, dice: Dice, kind: str, x: float, z: float, size: float)
 
 def _box(world: World, dice: Dice, kind: str, x: float, z: float, towards: bool, vz: float = 0.0) -> float:
     """A vehicle seen from its end and along its inner side; returns its length."""
-    variant, tint = dice.below(24), _livery(dice)
-    if kind in LIVERIES:
-        tint = [v * dice(0.75, 1.05) for v in dice.pick(LIVERIES[kind])]
+    variant, tint = dice.below(24), _livery(dice, kind)
     end, flank = sprite(f"{kind} {'front' if towards else 'rear'}", variant, 1), sprite(f"{kind} side", variant, 1)
     _across(world, f"{kind} {'front' if towards else 'rear'}", variant, x, end.width, z, end.height, tint, 0, vz,
             end.width * 1.25)  # fmt: skip
