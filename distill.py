@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from data import DataConfig, build_dataset
 from engine.config import run_script
-from engine.loop import TrainConfig, best_folder, evaluate, fit, summarise
-from engine.run import Run, start_run
+from engine.loop import evaluate, fit, summarise
+from engine.player import TrainConfig
+from engine.run import Run, best_folder, start_run
 from engine.teachers import OfflineTeacher, TeacherConfig
 from engine.tracking import TrackingConfig
 from errors import ConfigurationError

@@ -23,8 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from data import DataConfig, SegmentationData, build_dataset
 from deploy.profiling import count_flops
 from engine.config import run_script
-from engine.loop import TrainConfig, best_folder, evaluate, summarise
-from engine.run import environment, on_main_process, read_json, start_accelerator
+from engine.loop import evaluate, summarise
+from engine.player import TrainConfig
+from engine.run import best_folder, environment, on_main_process, read_json, start_accelerator
 from engine.tracking import write_json
 from errors import ConfigurationError
 from evaluation.metrics import predict

@@ -28,8 +28,7 @@ from deploy.profiling import (
     summarise,
 )
 from engine.config import run_script
-from engine.loop import best_folder
-from engine.run import cpu_name
+from engine.run import best_folder, cpu_name
 from engine.tracking import write_json
 from errors import ConfigurationError
 from evaluation.report import quantity, significant, table

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from data import DataConfig, build_dataset
 from engine.config import run_script
-from engine.loop import TrainConfig, fit
+from engine.loop import fit
+from engine.player import TrainConfig
 from engine.run import start_run
 from engine.tracking import TrackingConfig
 from losses import DistillationLoss, LossConfig

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import CAMVID
 from engine.config import run_script
-from engine.loop import Learner, Player, TrainConfig, train_step
+from engine.loop import train_step
+from engine.player import Learner, Player, TrainConfig
 from engine.run import cpu_name, start_accelerator
 from engine.teachers import OfflineTeacher
 from evaluation.report import significant, table

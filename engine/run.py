@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from engine.checkpoint import recover_folder
 from engine.config import save, to_yaml
-from engine.loop import TrainConfig
+from engine.player import TrainConfig
 from engine.tracking import Metrics, TrackingConfig, WandbMirror, system_values, write_json
 from errors import ConfigurationError, DamagedFileError, UserError
 
@@ -80,7 +80,11 @@ class Run:
             self.mirror.log(flat | {f"system/{key}": value for key, value in system.items()}, step)
 
     def describe(self, student: Any, objective: Any, data: Any, teacher: Any = None) -> None:
-        """Prints what takes part and writes environment.json."""
+        """Prints what takes part and writes environment.json.
+
+        Raises:
+            ConfigurationError: the run goes on, and its images or labels are no longer those that it began with.
+        """
         for role, model in (("model" if teacher is None else "student", student), ("teacher", teacher)):
             if model is not None:
                 millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -88,8 +92,16 @@ class Run:
         self.say(f"data: {len(data)} images, {len(data.labels.names)} classes")
         for line in objective.describe():
             self.say(f"loss: {line}")
-        if self.is_main:
-            write_json(self.folder / "environment.json", environment(self.accelerator, data.manifest_hash()))
+        on_main_process(self.accelerator, lambda: self._write_environment(data.manifest_hash()))
+
+    def _write_environment(self, manifest: str) -> None:
+        path = self.folder / "environment.json"
+        if self.config.resume and path.exists() and read_json(path)["data_manifest"] != manifest:
+            raise ConfigurationError(
+                f"{path}: the run began with other images or labels than the data set has now; "
+                "restore the files, or begin in another run_dir"
+            )
+        write_json(path, environment(self.accelerator, manifest))
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes results.json, which marks the run as finished."""
@@ -269,3 +281,9 @@ def read_json(path: Path) -> Any:
         raise ConfigurationError(f"{path}: no such file; name the directory of a finished run") from error
     except ValueError as error:
         raise DamagedFileError(f"{path}: not JSON ({error}); make it again") from error
+
+
+def best_folder(run_dir: str | Path) -> Path:
+    """The weights of a run directory; a model's own folder is taken as it is."""
+    folder = Path(run_dir)
+    return folder / "best" if (folder / "best").is_dir() else folder

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from data import DataConfig, build_dataset
-from engine.loop import Learner, Player, TrainConfig, evaluate, train_step
+from engine.loop import evaluate, train_step
+from engine.player import Learner, Player, TrainConfig
 from engine.run import start_accelerator
 from engine.teachers import OfflineTeacher
 from losses import DistillationLoss, LossConfig

@@ -122,9 +122,7 @@ def test_cityscapes_train_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["10k", "older"])
 @pytest.mark.parametrize("palette", [False, True])
 def test_bdd100k_layouts_and_palettes(tmp_path: Path, layout: str, palette: bool) -> None:
-    data = build_dataset(
-        DataConfig(name="bdd100k", root=str(write_bdd100k(tmp_path, layout, palette))), "train"
-    )
+    data = build_dataset(DataConfig(name="bdd100k", root=str(write_bdd100k(tmp_path, layout, palette))), "train")
     assert data.labels is CITYSCAPES
     assert data.names == ["0a0", "0a1", "0a2"]
     expected = values(1, 20)

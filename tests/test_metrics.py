@@ -94,7 +94,10 @@ def test_agrees_with_torchmetrics_with_void_pixels_and_an_absent_class() -> None
     ],
 )
 def test_prediction_by_blocks_is_bit_identical(
-    classes: int, source: tuple[int, int], size: tuple[int, int], memory: torch.memory_format,
+    classes: int,
+    source: tuple[int, int],
+    size: tuple[int, int],
+    memory: torch.memory_format,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = torch.Generator().manual_seed(classes)

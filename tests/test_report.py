@@ -41,11 +41,7 @@ def cells(text: str) -> list[list[str]]:
 def test_a_table_is_aligned_markdown() -> None:
     text = table([{"name": "a", "value": 0.123456}, {"name": "longer", "value": None}, {"name": "c", "value": 12}])
     assert text == (
-        "| name   |  value |\n"
-        "| ------ | -----: |\n"
-        "| a      | 0.1235 |\n"
-        "| longer |      – |\n"
-        "| c      |     12 |"
+        "| name   |  value |\n| ------ | -----: |\n| a      | 0.1235 |\n| longer |      – |\n| c      |     12 |"
     )
 
 

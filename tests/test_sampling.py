@@ -44,9 +44,7 @@ def sampler(**changed: int) -> StepSampler:
 def test_ranks_and_parts_join_to_the_whole_batch(world_size: int, accumulate: int) -> None:
     whole = list(sampler())
     assert len(whole) == 7
-    ranks = [
-        list(sampler(rank=rank, world_size=world_size, accumulate=accumulate)) for rank in range(world_size)
-    ]
+    ranks = [list(sampler(rank=rank, world_size=world_size, accumulate=accumulate)) for rank in range(world_size)]
     part = 8 // accumulate
     for step, batch in enumerate(whole):
         for a in range(accumulate):

@@ -123,6 +123,20 @@ def test_a_wrong_path_leaves_nothing_in_the_way(call: Call, tmp_path: Path) -> N
     assert call(train_teacher, *TINY, f"run_dir={run}")[0] == 0
 
 
+def test_a_run_does_not_go_on_with_other_files(call: Call, tmp_path: Path) -> None:
+    root, run = camvid(tmp_path / "camvid"), tmp_path / "run"
+    options = ["data.name=camvid", f"data.root={root}", f"run_dir={run}", "train.batch_size=4", "train.steps=1"]
+    assert call(train_teacher, *options)[0] == 0
+    (run / "results.json").unlink()
+    assert call(train_teacher, *options, "resume=true")[0] == 0
+    (run / "results.json").unlink()
+    for folder in ("train", "trainannot"):
+        (root / folder / "2.png").rename(root / folder / "9.png")
+    code, line = call(train_teacher, *options, "resume=true")
+    assert code == 2
+    assert "environment.json" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

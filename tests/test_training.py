@@ -9,7 +9,7 @@ import pytest
 import torch
 from forks import Forks
 
-from engine.loop import TrainConfig, learning_rate
+from engine.player import TrainConfig, learning_rate
 from engine.teachers import OfflineTeacher
 from models.unet import UNet
 

@@ -32,9 +32,7 @@ def replay(label: np.ndarray, geometry: Geometry, crop: tuple[int, int]) -> np.n
 
 def some_geometries(source: tuple[int, int], crop: tuple[int, int], number: int) -> list[Geometry]:
     settings: dict[str, Any] = {"scale": (0.4, 2.1), "flip": 0.5, "jitter": 0.3, "blur": 0.5}
-    return [
-        transforms.draw(np.random.default_rng([3, 0, p]), source, crop, **settings)[0] for p in range(number)
-    ]
+    return [transforms.draw(np.random.default_rng([3, 0, p]), source, crop, **settings)[0] for p in range(number)]
 
 
 @pytest.mark.parametrize(("source", "crop"), [((36, 48), (24, 32)), ((50, 41), (64, 20)), ((7, 9), (5, 31))])
@@ -87,9 +85,7 @@ def test_padding_is_zero_after_normalisation_and_ignored(flip: int) -> None:
     geometry = Geometry(10, 12, 10, 12, 0, 0, flip)
     crop = (16, 20)
     table = transforms.colour_table(MEAN, STD, Appearance())
-    found = transforms.finish_image(
-        transforms.crop_image(image, geometry, crop), crop, flip, table, Appearance()
-    )
+    found = transforms.finish_image(transforms.crop_image(image, geometry, crop), crop, flip, table, Appearance())
     label = transforms.crop_label(np.ones((10, 12), np.uint8), geometry, crop)
     assert found.shape == (3, 16, 20)
     assert found.dtype == np.float32

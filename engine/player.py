@@ -1,0 +1,149 @@
+"""Who learns, and by which rules: the training's configuration, a model with its objective, its optimizer."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Union
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from errors import ConfigurationError
+
+
+@dataclass
+class TrainConfig:
+    """How to train."""
+
+    steps: int = 400
+    """Optimizer steps; `epochs`, if given, takes precedence."""
+    epochs: int | None = None
+    """Passes over the training images, in place of `steps`."""
+    batch_size: int = 8
+    """Images of one step, over all processes and accumulated parts."""
+    accumulate: int = 1
+    """Parts in which a step's images are worked through, to save memory; the gradient is that of the whole."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum."""
+    lr: float = 3e-3
+    """Highest learning rate."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-2
+    """Weight decay of convolutions; biases and normalisation have none."""
+    schedule: Literal["poly", "cosine"] = "poly"
+    """Decay of the learning rate: (1 - progress)^power, or half a cosine."""
+    power: float = 0.9
+    """Power of the polynomial schedule."""
+    warmup: Union[int, float] = 0.05  # noqa: UP007 (OmegaConf tells 5 from 0.5 by it)
+    """Linear rise of the learning rate at the start: an integer is steps, a float a fraction of training."""
+    clip: float = 5.0
+    """Largest norm of the gradient; 0 leaves it alone."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights, which is then evaluated and saved; 0: none."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the networks in training; losses and evaluation are in float32 always. fp16 needs CUDA."""
+    deterministic: bool = False
+    """Deterministic kernels on a GPU too, where they are slower; on a CPU they always are."""
+    threads: int = 0
+    """CPU threads of each process; 0 leaves PyTorch's choice."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: at the end only. There is always one at the end."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    log_every: int = 20
+    """Steps over which logged values are averaged."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop with exit code 4, or skip that step's update and count it."""
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise ConfigurationError(f"train.{key}: {getattr(self, key)} is too small; give 1 or more")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ConfigurationError(f"train.lr: {self.lr} is not a learning rate; give a finite positive number")
+        if (self.steps if self.epochs is None else self.epochs) < 1:
+            raise ConfigurationError("train.steps: there is nothing to train; give 1 or more steps or epochs")
+        if not 0 <= self.ema < 1:
+            raise ConfigurationError(f"train.ema: {self.ema} is not a decay; give 0 for none, or say 0.999")
+
+    def total_steps(self, data: Any) -> int:
+        """Optimizer steps of the whole training."""
+        return self.steps if self.epochs is None else self.epochs * data.steps_per_epoch(self.batch_size)
+
+
+class Learner(nn.Module):
+    """A model and its objective in one module, so that they are wrapped, moved and saved together."""
+
+    def __init__(self, model: nn.Module, objective: nn.Module) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, images: Tensor, labels: Tensor, answer: Any, step: int, denominators: Tensor) -> Any:
+        output = self.model(images, self.objective.student_taps)
+        return self.objective(output, answer, labels, step=step, denominators=denominators)
+
+
+class Player:
+    """One that learns: a learner wrapped for its devices, its optimizer, and the average of its weights."""
+
+    def __init__(self, learner: Learner, config: TrainConfig, accelerator: Accelerator) -> None:
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
+        learner.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.learner, self.accelerator = learner, accelerator
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(learner, config))
+        self.wrapped = accelerator.prepare_model(learner)
+        average = get_ema_multi_avg_fn(config.ema)
+        self.ema = AveragedModel(learner.model, multi_avg_fn=average) if config.ema else None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are evaluated and saved: their average if there is one."""
+        return self.learner.model if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def broadcast_buffers(self) -> None:
+        """Gives every process the batch-norm statistics of the first, before they are evaluated or saved."""
+        if self.accelerator.num_processes > 1:
+            for module in (self.learner, self.ema):
+                for buffer in () if module is None else module.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+
+
+def build_optimizer(learner: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD; vectors (biases, normalisation) are not decayed."""
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of `step` (from 0) of `total`."""
+    warmup = config.warmup if isinstance(config.warmup, int) else round(config.warmup * total)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "poly":
+        return config.lr * (1 - progress) ** config.power
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
