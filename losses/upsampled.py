@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from losses.term import full_precision
 
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a block of upsampled logits: it should stay in the cache
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # of a block of upsampled logits: it should stay in the cache
 
 
 def upsampled_loss(
@@ -167,10 +167,15 @@ class _UpsampledLoss(torch.autograd.Function):
 
         # The type of the sums and of the gradient, and what each class and pixel weighs in them.
         like = full_precision(student_logits.new_zeros(()))
+        labelled = labels != settings.ignore_index
+        target = torch.where(labelled, labels, 0)
         ce_weights = like.new_ones(classes) if class_weights is None else class_weights.to(like)
         kl_weights = like.new_ones(classes) if kl_class_weights is None else kl_class_weights.to(like)
         ce_weights = ce_weights / safe(ce_denominator, like)
         kl_weights = kl_weights / safe(kl_denominator, like)
+        ce_pixels = ce_weights[target].mul_(labelled).unsqueeze(1)  # [B, 1, H, W]
+        kl_pixels = kl_weights[target].mul_(labelled).unsqueeze(1) if teacher is not None else ce_pixels
+        target = target.unsqueeze(1)
         ce, kl = (like.new_zeros((), dtype=torch.float64) for _ in range(2))
         wanted = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(student.native) if wanted else None
@@ -179,17 +184,16 @@ class _UpsampledLoss(torch.autograd.Function):
         step = max(1, budget // (batch * classes * size[1]))
         for start in range(0, size[0], step):
             stop = min(start + step, size[0])
-            target = labels[:, start:stop]
-            labelled = target != settings.ignore_index
-            target = torch.where(labelled, target, 0)
             rows, matrix_RK = student.block(start, stop)
             logits = student.upsample(rows, matrix_RK)
             answers = _Answers(logits)
-            if settings.ce_weight:
-                ce += _cross_entropy(answers, target, labelled, ce_weights, settings)
             if teacher is not None:
                 soft = F.log_softmax(teacher.upsample(*teacher.block(start, stop)), dim=1)
-                kl += _distillation(answers, soft, target, labelled, kl_weights, settings)
+                kl += _distillation(answers, soft, kl_pixels[:, :, start:stop], settings)
+            if settings.ce_weight:
+                truth, pixels = target[:, :, start:stop], ce_pixels[:, :, start:stop]
+                spread = ce_weights * (settings.label_smoothing / classes) if settings.label_smoothing else None
+                ce += _cross_entropy(answers, truth, pixels, labelled[:, None, start:stop], spread, settings)
             if gradient is not None:
                 gradient[:, :, rows] += student.transpose(answers.gradient(), matrix_RK)
 
@@ -216,49 +220,59 @@ class _Answers:
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
-        self.at_temperature: dict[float, tuple[Tensor, Tensor]] = {}
+        self.log_probabilities: dict[float, Tensor] = {}
+        self.upstream: dict[float, Tensor] = {}
 
-    def at(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [B, C, R, W], and the buffer that takes the gradient with respect to them."""
-        if temperature not in self.at_temperature:
+    def at(self, temperature: float) -> Tensor:
+        """Log-probabilities [B, C, R, W]."""
+        if temperature not in self.log_probabilities:
             logits = self.logits if temperature == 1 else self.logits / temperature
-            log_probabilities = F.log_softmax(logits, dim=1)
-            self.at_temperature[temperature] = log_probabilities, torch.zeros_like(log_probabilities)
-        return self.at_temperature[temperature]
+            self.log_probabilities[temperature] = F.log_softmax(logits, dim=1)
+        return self.log_probabilities[temperature]
 
     def gradient(self) -> Tensor:
         """With respect to the logits [B, C, R, W]."""
         total = None
-        for temperature, (log_probabilities, upstream) in self.at_temperature.items():
-            part = torch.ops.aten._log_softmax_backward_data(upstream, log_probabilities, 1, upstream.dtype)
+        for temperature, upstream in self.upstream.items():
+            output = self.log_probabilities[temperature]
+            part = torch.ops.aten._log_softmax_backward_data(upstream, output, 1, upstream.dtype)
             part = part if temperature == 1 else part.div_(temperature)
             total = part if total is None else total.add_(part)
         return torch.zeros_like(self.logits) if total is None else total
 
 
 def _cross_entropy(
-    answers: _Answers, target: Tensor, labelled: Tensor, weights: Tensor, settings: _Settings
+    answers: _Answers,
+    target: Tensor,
+    pixels: Tensor,
+    labelled: Tensor,
+    spread: Tensor | None,
+    settings: _Settings,
 ) -> Tensor:
-    """The block's weighted sum; hands `ce_weight` times its gradient to `answers`."""
-    log_probabilities, upstream = answers.at(1.0)
-    smoothing = settings.label_smoothing
-    pixel = (weights[target] * labelled).mul_(1 - smoothing).unsqueeze(1)  # [B, 1, R, W]
-    value = -(pixel * log_probabilities.gather(1, target.unsqueeze(1))).sum(dtype=torch.float64)
-    if smoothing:  # every class's share of the target
-        spread = weights.view(1, -1, 1, 1) * (smoothing / len(weights)) * labelled.unsqueeze(1)
-        value -= (spread * log_probabilities).sum(dtype=torch.float64)
-        upstream.sub_(spread, alpha=settings.ce_weight)
-    upstream.scatter_add_(1, target.unsqueeze(1), pixel.mul_(-settings.ce_weight))
+    """The block's weighted sum, float64; hands `ce_weight` times its gradient to `answers`.
+
+    Args:
+        target, pixels, labelled: [B, 1, R, W], what each pixel is, weighs, and whether it counts.
+        spread: [C], with label smoothing: every class's share of the target.
+    """
+    log_probabilities = answers.at(1.0)
+    if 1.0 not in answers.upstream:
+        answers.upstream[1.0] = torch.zeros_like(log_probabilities)
+    upstream = answers.upstream[1.0]
+    pixels = pixels * (1 - settings.label_smoothing)
+    value = -(pixels * log_probabilities.gather(1, target)).sum().double()
+    if spread is not None:
+        share = spread.view(1, -1, 1, 1) * labelled
+        value -= (share * log_probabilities).sum().double()
+        upstream.sub_(share, alpha=settings.ce_weight)
+    upstream.scatter_add_(1, target, pixels.mul_(-settings.ce_weight))
     return value
 
 
-def _distillation(
-    answers: _Answers, soft: Tensor, target: Tensor, labelled: Tensor, weights: Tensor, settings: _Settings
-) -> Tensor:
-    """The block's weighted sum of T² KL, from the teacher's log-probabilities; likewise."""
-    log_probabilities, upstream = answers.at(settings.temperature)
-    pixel = (weights[target] * labelled).mul_(settings.temperature**2).unsqueeze(1)
-    expected = soft.exp().mul_(pixel)
-    value = (soft.sub_(log_probabilities).mul_(expected)).sum(dtype=torch.float64)
-    upstream.sub_(expected, alpha=settings.kl_weight)
-    return value
+def _distillation(answers: _Answers, soft: Tensor, pixels: Tensor, settings: _Settings) -> Tensor:
+    """The block's weighted sum of T² KL, from the teacher's log-probabilities `soft`; likewise, and first."""
+    log_probabilities = answers.at(settings.temperature)
+    upstream = soft.exp().mul_(pixels * (-settings.kl_weight * settings.temperature**2))
+    answers.upstream[settings.temperature] = upstream
+    difference = soft.sub_(log_probabilities)
+    return torch.dot(difference.flatten(), upstream.flatten()).double() / -settings.kl_weight
