@@ -151,9 +151,7 @@ def colour_table(mean: Sequence[float], std: Sequence[float], appearance: Appear
     return table.astype(np.float32)
 
 
-def finish_image(
-    part: np.ndarray, crop: Size, flip: int, table: np.ndarray, appearance: Appearance
-) -> np.ndarray:
+def finish_image(part: np.ndarray, crop: Size, flip: int, table: np.ndarray, appearance: Appearance) -> np.ndarray:
     """float32 [3, crop height, crop width]: saturation, blur and colour table on uint8 [h, w, 3] RGB, then the
     padding with 0, which is the mean, at the side away from the image."""
     if appearance.saturation != 1:

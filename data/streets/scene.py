@@ -20,6 +20,7 @@ Size = tuple[int, int]  # height, width
 Pair = tuple[np.ndarray, np.ndarray]  # image, label
 NEAR, SKY_DISTANCE = 1.0, 500.0  # metres
 
+
 @lru_cache(maxsize=1)
 def _noise_tiles() -> tuple[np.ndarray, np.ndarray]:
     """Periodic smooth noise, float32 in about ±1: for the ground (two periods wide) and for clouds."""

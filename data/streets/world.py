@@ -97,8 +97,10 @@ def _light(dice: Dice) -> dict[str, Any]:
     top, low = {
         "day": ((dice(60, 140), dice(115, 175), dice(195, 240)), (dice(190, 225), dice(205, 230), dice(215, 240))),
         "overcast": (dice.grey(175, 225, 7), dice.grey(205, 245, 6)),
-        "low sun": ((dice(110, 160), dice(130, 170), dice(170, 215)),
-                    (dice(235, 255), dice(190, 225), dice(130, 190))),
+        "low sun": (
+            (dice(110, 160), dice(130, 170), dice(170, 215)),
+            (dice(235, 255), dice(190, 225), dice(130, 190)),
+        ),
         "dusk": ((dice(25, 70), dice(35, 80), dice(70, 120)), (dice(90, 190), dice(80, 130), dice(90, 130))),
     }[hour]
     foggy = dice.chance(0.06)
