@@ -154,7 +154,7 @@ def report(
         f"torch {made_with['packages']['torch']}.",
         f"```\npython {' '.join(sys.argv)}\n```",
         tables,
-        f"![Image, truth and the runs' predictions]({out.name}.png)",
+        f"The pictures, image, truth and predictions: `{out.name}.png`, beside this file where the command ran.",
     ]
     out.with_name(f"{out.name}.md").write_text("\n\n".join(page) + "\n")
     write_json(
