@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DataConfig, SegmentationData, build_dataset
-from deploy.profiling import count_flops
+from deploy.profiling import count_flops, count_parameters
 from engine.config import run_script
 from engine.loop import evaluate, summarise
 from engine.player import TrainConfig
@@ -93,7 +93,7 @@ def costs(folder: Path, model: SegmentationModel, data: SegmentationData) -> dic
     """Parameters, FLOPs at the size of evaluation, and what the run's other files know: latency, training time."""
     size = tuple(data.sample((-1, 0, 0), seed=0).images.shape[-2:])
     found: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": count_parameters(model),
         "flops": count_flops(model, size),
         "size": list(size),
     }

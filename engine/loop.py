@@ -214,7 +214,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, data: TrainingData, *, 
         batch = to_device(batch, accelerator.device)
         matrix.update(model(batch.images).logits, batch.labels)
     model.train(was_training)
-    return add_up(accelerator, matrix.matrix)
+    return matrix.reduce(accelerator)
 
 
 def summarise(matrix: Tensor, names: Sequence[str]) -> dict[str, Any]:

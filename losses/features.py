@@ -99,13 +99,9 @@ class FeatureTerm(Term):
             features = self.project(pair, student.features[ours])
             size = (features.shape[-2], features.shape[-1])
             mask = mask_of(labels, size) if self.labelled_only else None
-            total = total + type(self).function(features, resize(theirs_of(teacher, theirs), size), mask=mask)
+            taught = resize(full_precision(teacher.features[theirs].detach()), size)
+            total = total + type(self).function(features, taught, mask=mask)
         return total * (len(labels) / len(self.pairs) / denominator).to(total)
-
-
-def theirs_of(teacher: ModelOutput, tap: str) -> Tensor:
-    """The teacher's features at a tap, at least float32 and without a gradient."""
-    return full_precision(teacher.features[tap].detach())
 
 
 class Fitnet(FeatureTerm):

@@ -175,6 +175,7 @@ class _UpsampledLoss(torch.autograd.Function):
         kl_weights = kl_weights / safe(kl_denominator, like)
         ce_pixels = ce_weights[target].mul_(labelled).unsqueeze(1)  # [B, 1, H, W]
         kl_pixels = kl_weights[target].mul_(labelled).unsqueeze(1) if teacher is not None else ce_pixels
+        spread = ce_weights * (settings.label_smoothing / classes) if settings.label_smoothing else None
         target = target.unsqueeze(1)
         ce, kl = (like.new_zeros((), dtype=torch.float64) for _ in range(2))
         wanted = ctx.needs_input_grad[0]
@@ -192,7 +193,6 @@ class _UpsampledLoss(torch.autograd.Function):
                 kl += _distillation(answers, soft, kl_pixels[:, :, start:stop], settings)
             if settings.ce_weight:
                 truth, pixels = target[:, :, start:stop], ce_pixels[:, :, start:stop]
-                spread = ce_weights * (settings.label_smoothing / classes) if settings.label_smoothing else None
                 ce += _cross_entropy(answers, truth, pixels, labelled[:, None, start:stop], spread, settings)
             if gradient is not None:
                 gradient[:, :, rows] += student.transpose(answers.gradient(), matrix_RK)
