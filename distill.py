@@ -16,7 +16,7 @@ from engine.teachers import OfflineTeacher, TeacherConfig
 from engine.tracking import TrackingConfig
 from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
-from losses.distillation import KDConfig
+from losses.logits import KDConfig
 from models import ModelConfig, SegmentationModel, build_model, load_model
 
 

@@ -29,7 +29,7 @@ from engine.run import cpu_name, start_accelerator
 from engine.teachers import OfflineTeacher
 from evaluation.report import significant, table
 from losses import DistillationLoss, LossConfig
-from losses.distillation import KDConfig
+from losses.logits import KDConfig
 from models import ModelConfig, build_model
 
 GOAL = 1.10

@@ -2,52 +2,19 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from errors import ConfigurationError
+from losses.blocks import PixelTerm
 from losses.features import AttentionTransfer, AttentionTransferConfig, Fitnet, FitnetConfig
+from losses.logits import KDConfig
 from losses.relations import Affinity, AffinityConfig
-from losses.term import ModelOutput, Taps, Term, TermConfig
-from losses.upsampled import label_weight, upsampled_loss
-
-ClassWeighting = Literal["uniform", "inverse", "median", "enet", "effective"]
-
-
-@dataclass
-class CrossEntropyConfig(TermConfig):
-    """Cross-entropy with the labels."""
-
-    class_weights: ClassWeighting = "uniform"
-    """uniform, inverse frequency, median frequency, ENet's 1/ln(1.02+p), effective number of samples."""
-    label_smoothing: float = 0.0
-    """Share of the target spread evenly over the classes (Szegedy et al. 2016)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigurationError(
-                f"losses.cross_entropy.label_smoothing: {self.label_smoothing} is not in [0, 1); give say 0.1"
-            )
-
-
-@dataclass
-class KDConfig(TermConfig):
-    """Knowledge distillation of logits (Hinton et al. 2015), per pixel, at label size."""
-
-    temperature: float = 1.0
-    """T: softens both distributions; the loss keeps its T²."""
-    class_weights: ClassWeighting = "uniform"
-    """Weights of the pixels by their label's class: a rebalanced task needs a rebalanced teacher signal."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.temperature <= 0:
-            raise ConfigurationError(
-                f"losses.kd.temperature: {self.temperature} is not positive; give 1.0 or more"
-            )
+from losses.supervised import CrossEntropyConfig
+from losses.term import Context, ModelOutput, Taps, Term, TermConfig
+from losses.upsampled import upsampled_loss
 
 
 @dataclass
@@ -67,26 +34,16 @@ class LossConfig:
 
     def active(self) -> dict[str, TermConfig]:
         """The configured terms by name, in the order of the fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: config for name, config in found.items() if isinstance(config, TermConfig)}
 
 
-class PixelTerm(Term):
-    """Cross-entropy or KD: what its pixels weigh. Their values are made together, by `upsampled_loss`."""
-
-    class_weights: Tensor | None
-
-    def __init__(self, class_weights: Tensor | None) -> None:
-        super().__init__()
-        self.register_buffer("class_weights", class_weights, persistent=False)
-
-    def count(self, labels: Tensor) -> Tensor:
-        return label_weight(labels, self.class_weights)
-
-
-FEATURE_TERMS: dict[str, Callable[..., Term]] = {
-    "attention_transfer": AttentionTransfer,
-    "fitnet": Fitnet,
-    "affinity": Affinity,
+TERMS: dict[type[TermConfig], Callable[[Any, Context], Term]] = {
+    CrossEntropyConfig: PixelTerm,  # these two are made together, by `upsampled_loss`
+    KDConfig: PixelTerm,
+    AttentionTransferConfig: AttentionTransfer,
+    FitnetConfig: Fitnet,
+    AffinityConfig: Affinity,
 }
 
 
@@ -96,6 +53,7 @@ class DistillationLoss(nn.Module):
     Args:
         config: which terms.
         student_taps, teacher_taps: what the models publish; no teacher is None.
+        classes: number of classes; needed by terms with a memory or a critic.
         class_weights: gives the [C] weights of a scheme; needed where a term asks for one.
         total_steps: length of training, of which schedules may be fractions.
         extra: terms of your own by name, each with its weight and schedule.
@@ -107,6 +65,7 @@ class DistillationLoss(nn.Module):
         student_taps: Taps,
         teacher_taps: Taps | None = None,
         *,
+        classes: int = 0,
         class_weights: Callable[[str], Tensor] | None = None,
         total_steps: int = 1,
         extra: Mapping[str, tuple[TermConfig, Term]] | None = None,
@@ -123,18 +82,10 @@ class DistillationLoss(nn.Module):
                 raise ConfigurationError(f"losses: class_weights={scheme} needs a data set's label counts")
             return class_weights(scheme)
 
-        terms: dict[str, Term] = {}
-        if config.cross_entropy is not None:
-            terms["cross_entropy"] = PixelTerm(weights(config.cross_entropy.class_weights))
+        context = Context(student_taps, teacher_taps, classes, weights)
         if config.kd is not None:
-            if teacher_taps is None:
-                raise ConfigurationError(
-                    "losses.kd: compares with a teacher, and there is none; leave the term out"
-                )
-            terms["kd"] = PixelTerm(weights(config.kd.class_weights))
-        for name, term in FEATURE_TERMS.items():
-            if name in self.configs:
-                terms[name] = term(self.configs[name], student_taps, teacher_taps)
+            context.taught("kd")
+        terms = {name: TERMS[type(part)](part, context) for name, part in self.configs.items()}
         for name, (term_config, own_term) in (extra or {}).items():
             self.configs[name], terms[name] = term_config, own_term
         self.terms = nn.ModuleDict(terms)
@@ -161,12 +112,14 @@ class DistillationLoss(nn.Module):
         *,
         step: int = 0,
         denominators: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss at `step` (from 0), and the terms in force, unweighted and detached, by name.
 
         Args:
             labels: int64 [B, H, W], 255 ignored.
             denominators: float64 [terms]; those of the whole batch if this is a part of it, else `counts(labels)`.
+            images: [B, 3, H, W], which some terms see.
         """
         if denominators is None:
             denominators = self.counts(labels)
@@ -175,14 +128,16 @@ class DistillationLoss(nn.Module):
         factors = {name: config.factor(step, self.total_steps) for name, config in self.configs.items()}
         loss, values = self._pixel_terms(student, teacher, labels, factors, shares)
         for name, term in self.terms.items():
-            if isinstance(term, PixelTerm):
+            if name in ("cross_entropy", "kd"):
                 continue
             if factors[name]:
-                value = term(student, teacher, labels, shares[name])
+                extra = {"images": images} if term.wants_images else {}
+                value = term(student, teacher, labels, shares[name], **extra)
                 loss, values[name] = loss + factors[name] * value, value.detach()
             else:
                 # Outside its window a term still touches its parameters, or DDP waits for their gradients.
-                loss = loss + sum(0.0 * parameter.sum() for parameter in term.parameters())
+                touched = (parameter.sum() for parameter in term.parameters() if parameter.requires_grad)
+                loss = loss + sum(0.0 * value for value in touched)
         return loss, values
 
     def _pixel_terms(
@@ -224,6 +179,7 @@ class DistillationLoss(nn.Module):
                 line += f", ramp {config.ramp}" if config.ramp else ""
             if getattr(term, "pairs", None):
                 line += ", " + " ".join(s if s == t else f"{s}:{t}" for s, t in term.pairs)  # type: ignore
-            adapters = sum(p.numel() for p in term.parameters())
-            lines.append(line + (f", {adapters:,} parameters of its own" if adapters else ""))
+            adapters = sum(p.numel() for p in term.parameters() if p.requires_grad)
+            line += f", {adapters:,} parameters of its own" if adapters else ""
+            lines.append(line + (f", {term.note()}" if term.note() else ""))  # type: ignore[operator]
         return lines

@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losses.term import FeatureTermConfig, ModelOutput, Taps, Term, full_precision, mask_of, pair_taps, resize
+from losses.term import (
+    Context,
+    FeatureTermConfig,
+    ModelOutput,
+    Term,
+    full_precision,
+    mask_of,
+    pair_taps,
+    resize,
+    term_name,
+)
 
 
 @dataclass
@@ -80,9 +90,9 @@ class FeatureTerm(Term):
 
     function: Callable[..., Tensor]
 
-    def __init__(self, name: str, config: FeatureTermConfig, student: Taps, teacher: Taps | None) -> None:
+    def __init__(self, config: FeatureTermConfig, context: Context) -> None:
         super().__init__()
-        self.pairs = pair_taps(name, config.taps, student, teacher)
+        self.pairs = pair_taps(term_name(type(config)), config.taps, context)
         self.student_taps, self.teacher_taps = [s for s, _ in self.pairs], [t for _, t in self.pairs]
         self.labelled_only = config.labelled_only
 
@@ -94,7 +104,7 @@ class FeatureTerm(Term):
         self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
     ) -> Tensor:
         assert teacher is not None
-        total = labels.new_zeros((), dtype=torch.float32)
+        total = torch.zeros((), device=labels.device)
         for pair, (ours, theirs) in enumerate(self.pairs):
             features = self.project(pair, student.features[ours])
             size = (features.shape[-2], features.shape[-1])
@@ -109,11 +119,11 @@ class Fitnet(FeatureTerm):
 
     function = staticmethod(fitnet)
 
-    def __init__(self, config: FitnetConfig, student: Taps, teacher: Taps | None) -> None:
-        super().__init__("fitnet", config, student, teacher)
-        assert teacher is not None
+    def __init__(self, config: FitnetConfig, context: Context) -> None:
+        super().__init__(config, context)
+        teacher = context.taught("fitnet")
         self.adapters = nn.ModuleList(
-            nn.Conv2d(student[s].channels, teacher[t].channels, kernel_size=1) for s, t in self.pairs
+            nn.Conv2d(context.student[s].channels, teacher[t].channels, kernel_size=1) for s, t in self.pairs
         )
 
     def project(self, pair: int, features: Tensor) -> Tensor:
@@ -124,6 +134,3 @@ class AttentionTransfer(FeatureTerm):
     """`attention_transfer` over the configured pairs."""
 
     function = staticmethod(attention_transfer)
-
-    def __init__(self, config: AttentionTransferConfig, student: Taps, teacher: Taps | None) -> None:
-        super().__init__("attention_transfer", config, student, teacher)

@@ -1,10 +1,37 @@
 """Distillation of logits."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses.term import full_precision
+from errors import ConfigurationError
+from losses.blocks import PixelTermConfig
+from losses.term import full_precision, term_name
+
+
+@dataclass
+class SoftTermConfig(PixelTermConfig):
+    """A term that compares softened distributions, with weights per pixel if asked.
+
+    A rebalanced task needs a rebalanced teacher signal: see `class_weights`.
+    """
+
+    temperature: float = 1.0
+    """T: softens both distributions; the loss keeps its T²."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ConfigurationError(
+                f"losses.{term_name(type(self))}.temperature: {self.temperature} is not positive; give 1.0 or more"
+            )
+
+
+@dataclass
+class KDConfig(SoftTermConfig):
+    """Knowledge distillation of logits (Hinton et al. 2015), per pixel, at label size."""
 
 
 def kl_divergence(

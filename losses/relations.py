@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from losses.features import FeatureTerm
-from losses.term import FeatureTermConfig, Taps, full_precision
+from losses.term import FeatureTermConfig, full_precision
 
 
 @dataclass
@@ -73,6 +73,3 @@ class Affinity(FeatureTerm):
     """`affinity` over the configured pairs."""
 
     function = staticmethod(affinity)
-
-    def __init__(self, config: AffinityConfig, student: Taps, teacher: Taps | None) -> None:
-        super().__init__("affinity", config, student, teacher)

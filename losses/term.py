@@ -1,9 +1,9 @@
 """What a loss term is: a sum over items divided by a denominator that depends on the labels alone."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Union
+from typing import Literal, Protocol, Union
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,33 @@ class TapShape(Protocol):
 
 
 Taps = Mapping[str, TapShape]
+
+ClassWeighting = Literal["uniform", "inverse", "median", "enet", "effective"]
+
+
+@dataclass
+class Context:
+    """What a term may need to know of the two models and of the data when it is built.
+
+    Args:
+        student: what the student publishes.
+        teacher: what the teacher publishes; None where there is no teacher.
+        classes: number of classes; 0 where it is not known.
+        class_weights: the [C] weights of a scheme of `ClassWeighting`; None for "uniform".
+    """
+
+    student: Taps
+    teacher: Taps | None = None
+    classes: int = 0
+    class_weights: Callable[[str], Tensor | None] = lambda scheme: None
+
+    def taught(self, name: str) -> Taps:
+        """The teacher's taps, for the term `name`, which can't be without one."""
+        if self.teacher is None:
+            raise ConfigurationError(
+                f"losses.{name}: compares with a teacher, and there is none; leave the term out"
+            )
+        return self.teacher
 
 
 @dataclass
@@ -93,15 +120,17 @@ def term_name(config: type) -> str:
 
 
 class Term(nn.Module):
-    """A configurable loss.
+    """A configurable loss, made by `Term(config, context)`.
 
     `forward(student, teacher, labels, denominator)` is a sum over items divided by `denominator`, which is
     `count(labels)` added up over the accumulated parts and the processes of a step, so that the gradient is
-    that of the whole batch however it is split.
+    that of the whole batch however it is split. A term that sees `images` too has `wants_images` and takes them
+    as a keyword.
     """
 
     student_taps: Sequence[str] = ()
     teacher_taps: Sequence[str] = ()
+    wants_images = False
 
     def count(self, labels: Tensor) -> Tensor:
         """Local denominator, float64 scalar. Here the number of images; pixel terms count labelled pixels."""
@@ -112,20 +141,23 @@ class Term(nn.Module):
     ) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not answer forward")
 
+    def note(self) -> str:
+        """What the list of active terms should say besides weight, window, taps and parameters."""
+        return ""
 
-def pair_taps(name: str, taps: Sequence[str], student: Taps, teacher: Taps | None) -> list[tuple[str, str]]:
+
+def pair_taps(name: str, taps: Sequence[str], context: Context) -> list[tuple[str, str]]:
     """Splits `tap` and `student:teacher` into pairs and checks that both models have them.
 
     Raises:
         ConfigurationError: naming the key and the taps there are.
     """
-    if teacher is None:
-        raise ConfigurationError(f"losses.{name}: compares with a teacher, and there is none; leave the term out")
+    teacher = context.taught(name)
     pairs = []
     for tap in taps:
         ours, _, theirs = tap.partition(":")
         theirs = theirs or ours
-        for side, wanted, known in (("student", ours, student), ("teacher", theirs, teacher)):
+        for side, wanted, known in (("student", ours, context.student), ("teacher", theirs, teacher)):
             if wanted not in known:
                 raise ConfigurationError(
                     f"losses.{name}.taps: the {side} has no tap {wanted!r}; it has {', '.join(known)}"

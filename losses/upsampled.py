@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from losses.blocks import Rows, label_weight, rows_a_block, safe
 from losses.term import full_precision
-
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # of a block of upsampled logits: it should stay in the cache
 
 
 def upsampled_loss(
@@ -82,21 +81,6 @@ def upsampled_loss(
     return loss, {"ce": ce, "kl": kl}
 
 
-def label_weight(labels: Tensor, class_weights: Tensor | None = None, ignore_index: int = 255) -> Tensor:
-    """Labelled pixels of [B, H, W], or the sum of their class weights: float64, the terms' denominator."""
-    labelled = labels != ignore_index
-    if class_weights is None:
-        return labelled.sum().double()
-    weights = class_weights.double().to(labels.device)[torch.where(labelled, labels, 0)]
-    return (weights * labelled).sum()
-
-
-def safe(denominator: Tensor | float, like: Tensor) -> Tensor:
-    """The denominator in the type of `like`; 1 where it is 0, so that nothing over nothing is 0 and not NaN."""
-    total = torch.as_tensor(denominator).to(like)
-    return torch.where(total == 0, torch.ones_like(total), total)
-
-
 class _Settings(NamedTuple):
     ce_weight: float
     kl_weight: float
@@ -104,45 +88,6 @@ class _Settings(NamedTuple):
     label_smoothing: float
     ignore_index: int
     align_corners: bool
-
-
-class _Rows:
-    """Bilinear upsampling of [B, C, h, w] to [B, C, H, W], any rows of it at a time, and its transpose."""
-
-    def __init__(self, native: Tensor, size: tuple[int, int], align_corners: bool) -> None:
-        self.native = full_precision(native).contiguous()  # rows of a channels-last map would be copied each time
-        self.width, self.align_corners = size[1], align_corners
-        height, rows = native.shape[-2], torch.arange(size[0], dtype=torch.float64)
-        if align_corners:
-            source = rows * ((height - 1) / max(size[0] - 1, 1))
-        else:
-            source = ((rows + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
-        self.upper = source.floor().long().clamp(max=height - 1)
-        self.lower = (self.upper + 1).clamp(max=height - 1)
-        self.share = source - self.upper  # of the lower of the two native rows
-
-    def block(self, start: int, stop: int) -> tuple[slice, Tensor]:
-        """The native rows under label rows start..stop, and the matrix [R, K] that interpolates between them."""
-        first, last = int(self.upper[start]), int(self.lower[stop - 1])
-        matrix = torch.zeros(stop - start, last - first + 1, dtype=torch.float64)
-        rows, share = torch.arange(stop - start), self.share[start:stop]
-        matrix.index_put_((rows, self.upper[start:stop] - first), 1 - share, accumulate=True)
-        matrix.index_put_((rows, self.lower[start:stop] - first), share, accumulate=True)
-        return slice(first, last + 1), matrix.to(self.native)
-
-    def upsample(self, rows: slice, matrix_RK: Tensor) -> Tensor:
-        """Label rows [B, C, R, W]."""
-        native = self.native[:, :, rows]
-        size = (native.shape[-2], self.width)
-        wide_BCKW = F.interpolate(native, size=size, mode="bilinear", align_corners=self.align_corners)
-        return matrix_RK @ wide_BCKW
-
-    def transpose(self, gradient_BCRW: Tensor, matrix_RK: Tensor) -> Tensor:
-        """What a gradient with respect to label rows is with respect to their native rows: [B, C, K, w]."""
-        wide_BCKW = matrix_RK.mT @ gradient_BCRW
-        size = list(wide_BCKW.shape[-2:])
-        native = [*wide_BCKW.shape[:-1], self.native.shape[-1]]
-        return torch.ops.aten.upsample_bilinear2d_backward(wide_BCKW, size, native, self.align_corners)
 
 
 class _UpsampledLoss(torch.autograd.Function):
@@ -160,10 +105,10 @@ class _UpsampledLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, classes = student_logits.shape[:2]
         size = (labels.shape[-2], labels.shape[-1])
-        student = _Rows(student_logits, size, settings.align_corners)
+        student = Rows(student_logits, size, settings.align_corners)
         teacher = None
         if teacher_logits is not None:  # upsampling is linear, so the temperature may divide before it
-            teacher = _Rows(teacher_logits / settings.temperature, size, settings.align_corners)
+            teacher = Rows(teacher_logits / settings.temperature, size, settings.align_corners)
 
         # The type of the sums and of the gradient, and what each class and pixel weighs in them.
         like = full_precision(student_logits.new_zeros(()))
@@ -181,8 +126,7 @@ class _UpsampledLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(student.native) if wanted else None
 
-        budget = BLOCK_ELEMENTS.get(student_logits.device.type, BLOCK_ELEMENTS["cuda"])
-        step = max(1, budget // (batch * classes * size[1]))
+        step = rows_a_block(batch * classes * size[1], student_logits.device)
         for start in range(0, size[0], step):
             stop = min(start + step, size[0])
             rows, matrix_RK = student.block(start, stop)

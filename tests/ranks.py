@@ -11,9 +11,10 @@ from engine.player import Learner, Player, TrainConfig
 from engine.run import start_accelerator
 from engine.teachers import OfflineTeacher
 from losses import DistillationLoss, LossConfig
-from losses.distillation import CrossEntropyConfig, KDConfig
 from losses.features import AttentionTransferConfig, FitnetConfig
+from losses.logits import KDConfig
 from losses.relations import AffinityConfig
+from losses.supervised import CrossEntropyConfig
 from models.unet import UNet
 
 BATCH = 8

@@ -1,0 +1,229 @@
+"""Losses at label size from logits at native stride, a few label rows at a time.
+
+Logits stand at stride 4 or 8, labels at stride 1. What is upsampled whole costs sixteen or more times the memory
+of the logits, several times over; here no more than a block of rows is ever upsampled, and value and gradient are
+exact.
+
+Dimension letters: B images, C classes, R label rows of a block, K native rows under them, W label columns.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from losses.term import (
+    IGNORE_INDEX,
+    ClassWeighting,
+    Context,
+    ModelOutput,
+    Term,
+    TermConfig,
+    full_precision,
+)
+
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # of a block of upsampled logits: it should stay in the cache
+
+
+def blocked_sum(
+    function: Callable[..., Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    maps: Sequence[Tensor],
+    *,
+    finish: Callable[[Tensor], Tensor] | None = None,
+    whole_images: bool = False,
+    align_corners: bool = False,
+) -> Tensor:
+    """A loss made of sums over pixels, with both logits upsampled bilinearly to the size of `maps`, by blocks.
+
+    `function(student [B, C, R, W], teacher [B, C, R, W] or None, *maps [B, ..., R, W])` is written in plain
+    PyTorch and returns the block's sums, a tensor of a fixed shape; they are added up over the blocks in float64.
+    Without `finish` the total is a scalar and the loss. With it the loss is `finish(total)`, of moments say (Dice,
+    DIST), and the blocks are gone through twice: for the totals, and then for the gradient, which is that of
+    `function` with what `finish` sends back to each total.
+
+    Args:
+        student_logits: [B, C, h, w] at any stride.
+        teacher_logits: [B, C', h', w'] at any stride, or None; no gradient reaches them.
+        maps: labels, masks, weights: [B, ..., H, W].
+        whole_images: a block is one image with all of its rows, for what must sort an image's pixels; the loss is
+            then the sum over images.
+        align_corners: as in PyTorch's interpolate.
+
+    Returns:
+        The loss in at least float32. Differentiable once, with respect to the student's logits alone.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        teacher = None if teacher_logits is None else teacher_logits.detach()
+        return _BlockedSum.apply(
+            student_logits, teacher, tuple(maps), function, finish, whole_images, align_corners
+        )
+
+
+class _BlockedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        maps: tuple[Tensor, ...],
+        function: Callable[..., Tensor],
+        finish: Callable[[Tensor], Tensor] | None,
+        whole_images: bool,
+        align_corners: bool,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        size = (maps[0].shape[-2], maps[0].shape[-1])
+        student = Rows(student_logits, size, align_corners)
+        teacher = None if teacher_logits is None else Rows(teacher_logits, size, align_corners)
+        gradient = torch.zeros_like(student.native) if wanted else None
+        upstream = None
+
+        def go_through(backward: bool) -> Tensor:
+            total: Tensor | None = None
+            for images, start, stop in _blocks(student, size, whole_images):
+                rows, matrix_RK = student.block(start, stop)
+                ours = student.upsample(rows, matrix_RK, images).requires_grad_(backward)
+                theirs = None if teacher is None else teacher.upsample(*teacher.block(start, stop), images)
+                with torch.set_grad_enabled(backward):
+                    value = function(ours, theirs, *(map_[images, ..., start:stop, :] for map_ in maps))
+                if backward and value.requires_grad:
+                    assert gradient is not None
+                    sent = None if upstream is None else upstream.to(value.dtype)
+                    (pulled,) = torch.autograd.grad(value, ours, sent)
+                    gradient[images, :, rows] += student.transpose(pulled, matrix_RK)
+                total = value.detach().double() if total is None else total + value.detach()
+            assert total is not None
+            return total
+
+        if finish is None:
+            loss = go_through(wanted)
+        else:
+            total = go_through(False).requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                loss = finish(total)
+            if wanted and loss.requires_grad:
+                (upstream,) = torch.autograd.grad(loss, total)
+                go_through(True)
+        if gradient is not None:
+            ctx.save_for_backward(torch.empty_like(student_logits).copy_(gradient))
+        return loss.detach().to(student.native.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss.to(gradient.dtype), *[None] * 6
+
+
+def _blocks(logits: "Rows", size: tuple[int, int], whole_images: bool) -> Iterator[tuple[slice, int, int]]:
+    """Which images and which label rows, start and stop, each block takes."""
+    batch, classes = logits.native.shape[:2]
+    if whole_images:
+        yield from ((slice(image, image + 1), 0, size[0]) for image in range(batch))
+        return
+    step = rows_a_block(batch * classes * size[1], logits.native.device)
+    yield from ((slice(None), start, min(start + step, size[0])) for start in range(0, size[0], step))
+
+
+def rows_a_block(row_elements: int, device: torch.device) -> int:
+    """How many label rows a block takes, each of so many elements over all images and classes."""
+    return max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // row_elements)
+
+
+class Rows:
+    """Bilinear upsampling of [B, C, h, w] to [B, C, H, W], any rows of it at a time, and its transpose."""
+
+    def __init__(self, native: Tensor, size: tuple[int, int], align_corners: bool) -> None:
+        self.native = full_precision(native).contiguous()  # rows of a channels-last map would be copied each time
+        self.width, self.align_corners = size[1], align_corners
+        height, rows = native.shape[-2], torch.arange(size[0], dtype=torch.float64)
+        if align_corners:
+            source = rows * ((height - 1) / max(size[0] - 1, 1))
+        else:
+            source = ((rows + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
+        self.upper = source.floor().long().clamp(max=height - 1)
+        self.lower = (self.upper + 1).clamp(max=height - 1)
+        self.share = source - self.upper  # of the lower of the two native rows
+
+    def block(self, start: int, stop: int) -> tuple[slice, Tensor]:
+        """The native rows under label rows start..stop, and the matrix [R, K] that interpolates between them."""
+        first, last = int(self.upper[start]), int(self.lower[stop - 1])
+        matrix = torch.zeros(stop - start, last - first + 1, dtype=torch.float64)
+        rows, share = torch.arange(stop - start), self.share[start:stop]
+        matrix.index_put_((rows, self.upper[start:stop] - first), 1 - share, accumulate=True)
+        matrix.index_put_((rows, self.lower[start:stop] - first), share, accumulate=True)
+        return slice(first, last + 1), matrix.to(self.native)
+
+    def upsample(self, rows: slice, matrix_RK: Tensor, images: slice = slice(None)) -> Tensor:
+        """Label rows [B, C, R, W], of all images or of some."""
+        native = self.native[images, :, rows]
+        size = (native.shape[-2], self.width)
+        wide_BCKW = F.interpolate(native, size=size, mode="bilinear", align_corners=self.align_corners)
+        return matrix_RK @ wide_BCKW
+
+    def transpose(self, gradient_BCRW: Tensor, matrix_RK: Tensor) -> Tensor:
+        """What a gradient with respect to label rows is with respect to their native rows: [B, C, K, w]."""
+        wide_BCKW = matrix_RK.mT @ gradient_BCRW
+        size = list(wide_BCKW.shape[-2:])
+        native = [*wide_BCKW.shape[:-1], self.native.shape[-1]]
+        return torch.ops.aten.upsample_bilinear2d_backward(wide_BCKW, size, native, self.align_corners)
+
+
+def label_weight(labels: Tensor, class_weights: Tensor | None = None, ignore_index: int = 255) -> Tensor:
+    """Labelled pixels of [B, H, W], or the sum of their class weights: float64, the terms' denominator."""
+    labelled = labels != ignore_index
+    if class_weights is None:
+        return labelled.sum().double()
+    weights = class_weights.double().to(labels.device)[torch.where(labelled, labels, 0)]
+    return (weights * labelled).sum()
+
+
+def safe(denominator: Tensor | float, like: Tensor) -> Tensor:
+    """The denominator in the type of `like`; 1 where it is 0, so that nothing over nothing is 0 and not NaN."""
+    total = torch.as_tensor(denominator).to(like)
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+@dataclass
+class PixelTermConfig(TermConfig):
+    """A term that is a mean over labelled pixels."""
+
+    class_weights: ClassWeighting = "uniform"
+    """Weights of the pixels by their label's class: uniform, inverse, median, enet, effective."""
+
+
+class PixelTerm(Term):
+    """A mean over labelled pixels, at label size, of what `pixels` gives each; by class weights if asked."""
+
+    class_weights: Tensor | None
+
+    def __init__(self, config: PixelTermConfig, context: Context) -> None:
+        super().__init__()
+        self.register_buffer("class_weights", context.class_weights(config.class_weights), persistent=False)
+
+    def count(self, labels: Tensor) -> Tensor:
+        return label_weight(labels, self.class_weights)
+
+    def pixels(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        """[B, R, W] from a block of both models' logits [B, C, R, W] and its labels, void ones replaced by 0."""
+        raise TypeError(f"{type(self).__name__} does not answer pixels")
+
+    def forward(
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
+    ) -> Tensor:
+        def block(ours: Tensor, theirs: Tensor | None, labels: Tensor) -> Tensor:
+            labelled = labels != IGNORE_INDEX
+            target = torch.where(labelled, labels, 0)
+            values = torch.where(labelled, self.pixels(ours, theirs, target), 0.0)
+            if self.class_weights is not None:
+                values = values * self.class_weights.to(values)[target]
+            return values.sum()
+
+        total = blocked_sum(block, student.logits, None if teacher is None else teacher.logits, [labels])
+        return total / safe(denominator, total)
