@@ -5,17 +5,19 @@ eight GPUs       accelerate launch --config_file configs/accelerate/eight_gpus.y
 go on            python distill.py runs/distilled/config.yaml resume=true
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from data import DataConfig, build_dataset
+from data import DataConfig, SegmentationData, build_dataset
 from engine.config import run_script
-from engine.loop import evaluate, fit, summarise
+from engine.loop import Teacher, evaluate, fit, summarise
 from engine.player import TrainConfig
 from engine.run import Run, best_folder, start_run
+from engine.stage import load_weights, train_stage
 from engine.teachers import OfflineTeacher, TeacherConfig
 from engine.tracking import TrackingConfig
 from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
+from losses.latent import Latents, Reconstruction
 from losses.logits import KDConfig
 from models import ModelConfig, SegmentationModel, build_model, load_model
 
@@ -51,11 +53,17 @@ def main(config: Config) -> None:
         teacher = load_teacher(config.teacher, train.labels.names)
         steps = config.train.total_steps(train)
         objective = DistillationLoss(
-            config.losses, student.taps, teacher.taps, class_weights=train.class_weights, total_steps=steps
+            config.losses,
+            student.taps,
+            teacher.taps,
+            classes=len(train.labels.names),
+            class_weights=train.class_weights,
+            total_steps=steps,
         )
         run.describe(student, objective, train, teacher)
         offline = OfflineTeacher(teacher, run.accelerator.device, run.accelerator.autocast)
         announce(run, teacher, val)
+        prepare_latents(run, objective.latents, train, config, offline)
         run.finish(
             fit(run, student, objective, train, val, config.train, workers=config.data.workers, teacher=offline)
         )
@@ -78,6 +86,19 @@ def announce(run: Run, teacher: SegmentationModel, val: object) -> None:
     """Prints the teacher's own score, so that a wrong teacher is noticed before the training and not after it."""
     scored = summarise(evaluate(run.accelerator, teacher, val), teacher.class_names)  # type: ignore[arg-type]
     run.say(f"teacher: val mIoU {100 * scored['miou']:.2f} %")
+
+
+def prepare_latents(run: Run, latents: Latents, train: SegmentationData, config: Config, teacher: Teacher) -> None:
+    """Stage 1 of knowledge adaptation, where a term needs it: the autoencoders of the teacher's features."""
+    stage = config.losses.autoencoder
+    if stage.file and latents.taps:
+        load_weights(latents.encoders, stage.file, run)
+    elif latents.taps:
+        steps = max(1, round(stage.epochs * train.steps_per_epoch(config.train.batch_size)))
+        options = replace(config.train, epochs=None, steps=steps, optimizer="sgd", lr=stage.lr, ema=0.0)
+        learner = Reconstruction(latents)
+        train_stage(run, "autoencoder", learner, latents.encoders, train, options, config.data.workers, teacher)
+    latents.freeze()
 
 
 if __name__ == "__main__":

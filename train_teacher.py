@@ -45,7 +45,11 @@ def main(config: Config) -> None:
         model = build_model(config.model, train.labels)
         steps = config.train.total_steps(train)
         objective = DistillationLoss(
-            config.losses, model.taps, class_weights=train.class_weights, total_steps=steps
+            config.losses,
+            model.taps,
+            classes=len(train.labels.names),
+            class_weights=train.class_weights,
+            total_steps=steps,
         )
         run.describe(model, objective, train)
         run.finish(fit(run, model, objective, train, val, config.train, workers=config.data.workers))

@@ -6,24 +6,17 @@ the process's peak resident memory (VmHWM) over its features and a first small c
 PyTorch allocated. Gradient: float32 against the direct form in float64, ‖g - g₆₄‖ / ‖g₆₄‖.
 """
 
-import datetime
-import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import torch
+from common import measure_memory, print_memory, publish
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from deploy.profiling import peak_allocation
+from deploy.profiling import measure_latency
 from engine.config import run_script
-from engine.run import cpu_name
 from evaluation.report import significant, table
 from losses.relations import affinity
 
@@ -79,51 +72,23 @@ def features(config: Config) -> tuple[Tensor, Tensor]:
     return student.relu(), teacher.relu()
 
 
-def peak_resident() -> int:
-    """Bytes of the process's peak resident memory on Linux; ru_maxrss would begin with that of the parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-
-def print_memory(config: Config) -> None:
-    """Prints the memory of one form in this process as JSON."""
-    student, teacher = features(config)
-    gradient(config.memory_of, student[..., :8, :8], teacher[..., :8, :8])  # loads the libraries
-    before = peak_resident()
-    gradient(config.memory_of, student, teacher)
-    resident = peak_resident() - before
-    allocated = peak_allocation(lambda: gradient(config.memory_of, student, teacher), torch.device("cpu"))
-    print(json.dumps({"resident": resident, "allocated": allocated}))
-
-
-def measure_memory(form: str) -> dict[str, int]:
-    """Bytes of one form, from a process of its own that is told what this one was told."""
-    command = [sys.executable, __file__, *sys.argv[1:], f"memory_of={form}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def measure_times(config: Config, student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """Median seconds of each form, after one small round that is not counted."""
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
-    for form in FORMS:
-        gradient(form, student[..., :8, :8], teacher[..., :8, :8])
-    for _ in range(config.rounds):
-        for form in FORMS:
-            start = time.perf_counter()
-            gradient(form, student, teacher)
-            times[form].append(time.perf_counter() - start)
-    return {form: statistics.median(values) for form, values in times.items()}
-
-
 def main(config: Config) -> None:
     torch.set_num_threads(config.threads)
+    student, teacher = features(config)
+
+    def small(form: str) -> Tensor:
+        return gradient(form, student[..., :8, :8], teacher[..., :8, :8])
+
     if config.memory_of:
-        print_memory(config)
+        form = config.memory_of
+        print_memory(lambda: small(form), lambda: gradient(form, student, teacher))
         return
     memory = {form: measure_memory(form) for form in FORMS}
-    student, teacher = features(config)
-    times = measure_times(config, student, teacher)
+    for form in FORMS:
+        small(form)
+    passes = {form: partial(gradient, form, student, teacher) for form in FORMS}
+    measured = measure_latency(passes, rounds=config.rounds, warmup=0)
+    times = {form: statistics.median(values) for form, values in measured.items()}
     exact = gradient("direct", student.double(), teacher.double())
     errors = {
         form: float((gradient(form, student, teacher).double() - exact).norm() / exact.norm()) for form in FORMS
@@ -134,7 +99,7 @@ def main(config: Config) -> None:
     rows = [
         {
             "form": form,
-            "ms": significant(1000 * times[form]),
+            "ms": significant(times[form]),
             "resident MiB": significant(memory[form]["resident"] / 2**20),
             "allocated MiB": significant(memory[form]["allocated"] / 2**20),
             "gradient error": f"{errors[form]:.1e}",
@@ -167,14 +132,8 @@ PyTorch allocated. Gradient error: relative to the direct form in float64.
 
 Goal: {GOALS["faster"]:g} times faster, memory at most 1/{GOALS["smaller"]:g}, gradient error at most \
 {GOALS["gradient"]:g}: {"reached" if reached else "missed"}.
-
-{cpu_name()}, {config.threads} thread(s), torch {torch.__version__}, {datetime.date.today().isoformat()};
-`python benchmarks/affinity.py`
 """
-    print(text)
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    publish(text, config.output)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,23 @@ cross-entropy alone, the teacher's answer alone, a step with cross-entropy and K
 random and loaded already, so what is compared is the work of a step.
 """
 
-import datetime
 import statistics
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import publish
 
 from data import CAMVID
+from deploy.profiling import measure_latency
 from engine.config import run_script
 from engine.loop import train_step
 from engine.player import Learner, Player, TrainConfig
-from engine.run import cpu_name, start_accelerator
+from engine.run import start_accelerator
 from engine.teachers import OfflineTeacher
 from evaluation.report import significant, table
 from losses import DistillationLoss, LossConfig
@@ -84,29 +82,30 @@ def main(config: Config) -> None:
     plain, distilled = player(LossConfig()), player(LossConfig(kd=KDConfig(temperature=2.0)))
     offline = OfflineTeacher(teacher, device, accelerator.autocast)
     total = config.warmup + config.rounds
+
+    def steps(player: Player, teacher: OfflineTeacher | None) -> Callable[[], None]:
+        step = count()
+        return lambda: wait(train_step(run, player, [batch], next(step), total, teacher))
+
+    def wait(done: Any) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     parts = {
-        "plain step": lambda step: train_step(run, plain, [batch], step, total, train, None),
-        "teacher forward": lambda step: offline(batch.images, ()),
-        "KD step": lambda step: train_step(run, distilled, [batch], step, total, train, offline),
+        "plain step": steps(plain, None),
+        "teacher forward": lambda: wait(offline(batch.images, ())),
+        "KD step": steps(distilled, offline),
     }
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for step in tqdm(range(total), unit="round", dynamic_ncols=True):
-        for name, work in parts.items():
-            start = time.perf_counter()
-            work(step)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if step >= config.warmup:
-                times[name].append(time.perf_counter() - start)
+    with tqdm(total=total, unit="round", dynamic_ncols=True) as bar:
+        times = measure_latency(parts, rounds=config.rounds, warmup=config.warmup, progress=bar.update)
 
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratio = medians["KD step"] / (medians["plain step"] + medians["teacher forward"])
     by_round = statistics.median(kd / (one + two) for one, two, kd in zip(*times.values(), strict=True))
     rows = [
-        {"part": name, "median ms": significant(1000 * medians[name]), "least ms": significant(1000 * min(values))}
+        {"part": name, "median ms": significant(medians[name]), "least ms": significant(min(values))}
         for name, values in times.items()
     ]
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     text = f"""# Step time of offline distillation
 
 Teacher of width {config.teacher.width}, student of width {config.student.width}, batch {config.batch} of \
@@ -116,15 +115,8 @@ Teacher of width {config.teacher.width}, student of width {config.student.width}
 
 KD step / (plain step + teacher forward): {ratio:.3f} of the medians, {by_round:.3f} as the median over rounds.
 Goal: at most {GOAL:.2f}: {"reached" if ratio <= GOAL else "missed"}.
-
-{machine}, {torch.get_num_threads()} thread(s), \
-torch {torch.__version__}, {datetime.date.today().isoformat()};
-`python benchmarks/step_time.py precision={config.precision}`
 """
-    print(text)
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    publish(text, config.output, torch.cuda.get_device_name(device) if device.type == "cuda" else "")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -40,7 +41,7 @@ class Teacher(Protocol):
 def fit(
     run: "Run",
     model: nn.Module,
-    objective: nn.Module,
+    objective: Any,
     train: TrainingData,
     val: TrainingData,
     config: TrainConfig,
@@ -49,6 +50,9 @@ def fit(
     teacher: Teacher | None = None,
 ) -> dict[str, Any]:
     """Trains `model` by `objective`, from the newest checkpoint of the run if it is resumed.
+
+    The objective's `opponents` (a critic, say) are players beside it: each a learner with a `name`, the `options`
+    in which its training differs from `config`, and `active(step)`.
 
     The batches, their augmentation and the random numbers of a step are functions of the seed and the step, so a
     run that was cut off and resumed is bit for bit the run that was not.
@@ -59,6 +63,9 @@ def fit(
     accelerator = run.accelerator
     total = config.total_steps(train)
     players = [Player(Learner(model, objective), config, accelerator)]
+    players += [
+        Player(learner, replace(config, **learner.options), accelerator) for learner in objective.opponents
+    ]
     progress = Progress()
     restore(run, players, progress)
     loader = train.train_loader(
@@ -80,9 +87,13 @@ def fit(
         while progress.step < total:
             step = progress.step
             parts = [to_device(next(stream), accelerator.device) for _ in range(config.accumulate)]
-            for player in players:
-                values, terminated = train_step(run, player, parts, step, total, config, teacher)
-                progress.add(values)
+            values, terminated = train_step(run, players[0], parts, step, total, teacher)
+            for player in players[1:]:
+                if player.learner.active(step):
+                    theirs, stop = train_step(run, player, parts, step, total, None)
+                    values |= {f"{player.learner.name}.{name}": value for name, value in theirs.items()}
+                    terminated = terminated or stop
+            progress.add(values)
             progress.step = step = step + 1
             epoch = step // train.steps_per_epoch(config.batch_size)
             bar.update()
@@ -126,7 +137,6 @@ def train_step(
     parts: list[Any],
     step: int,
     total: int,
-    config: TrainConfig,
     teacher: Teacher | None,
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step over the parts of a batch; returns the logged values and whether to end.
@@ -134,8 +144,7 @@ def train_step(
     The denominators of the loss are added up over parts and processes first, and DDP's mean is undone, so that
     the gradient is that of the whole batch however it is split.
     """
-    accelerator = run.accelerator
-    objective: Any = player.learner.objective
+    accelerator, learner, config = run.accelerator, player.learner, player.config
     seeds = np.random.SeedSequence([run.seed, step, accelerator.process_index])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
     rate = learning_rate(step, total, config)
@@ -143,18 +152,18 @@ def train_step(
         group["lr"] = rate
     player.wrapped.train()
 
-    counts = torch.stack([objective.counts(part.labels) for part in parts]).sum(0)
+    counts = torch.stack([learner.counts(part.labels) for part in parts]).sum(0)
     stop = counts.new_tensor([float(run.terminated)])
     shared = add_up(accelerator, torch.cat([counts, stop]))
     denominators, terminated = shared[:-1], bool(shared[-1] > 0)
 
     may_skip = config.on_nonfinite == "skip"
-    buffers = [buffer.clone() for buffer in player.learner.buffers()] if may_skip else []
+    statistics = [buffer.clone() for buffer in player.statistics] if may_skip else []
     sums: dict[str, Tensor] = {}
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(player.wrapped):
-            answer = None if teacher is None else teacher(part.images, objective.teacher_taps)
+            answer = None if teacher is None else teacher(part.images, learner.teacher_taps)
             loss, values = player.wrapped(part.images, part.labels, answer, step, denominators)
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in {"loss": loss.detach(), **values}.items():
@@ -175,9 +184,9 @@ def train_step(
     if finite:
         player.optimizer.step()
         if player.ema is not None:
-            player.ema.update_parameters(player.learner.model)
+            player.ema.update_parameters(learner.model)
     else:  # batch-norm's statistics have taken in what is skipped
-        for buffer, before in zip(player.learner.buffers(), buffers, strict=True):
+        for buffer, before in zip(player.statistics, statistics, strict=True):
             buffer.copy_(before)
     player.optimizer.zero_grad(set_to_none=True)
     logged |= {"lr": rate, "gradient_norm": norm, "skipped": float(not finite)}

@@ -1,12 +1,14 @@
 """Who learns, and by which rules: the training's configuration, a model with its objective, its optimizer."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from errors import ConfigurationError
@@ -30,6 +32,8 @@ class TrainConfig:
     """Highest learning rate."""
     momentum: float = 0.9
     """Momentum of SGD."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decays of AdamW's two averages."""
     weight_decay: float = 1e-2
     """Weight decay of convolutions; biases and normalisation have none."""
     schedule: Literal["poly", "cosine"] = "poly"
@@ -67,6 +71,8 @@ class TrainConfig:
             raise ConfigurationError(f"train.lr: {self.lr} is not a learning rate; give a finite positive number")
         if (self.steps if self.epochs is None else self.epochs) < 1:
             raise ConfigurationError("train.steps: there is nothing to train; give 1 or more steps or epochs")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigurationError(f"train.betas: {self.betas} is not two decays from 0 to 1; give [0.9, 0.999]")
         if not 0 <= self.ema < 1:
             raise ConfigurationError(f"train.ema: {self.ema} is not a decay; give 0 for none, or say 0.999")
 
@@ -76,25 +82,43 @@ class TrainConfig:
 
 
 class Learner(nn.Module):
-    """A model and its objective in one module, so that they are wrapped, moved and saved together."""
+    """A model and its objective in one module, so that they are wrapped, moved and saved together.
 
-    def __init__(self, model: nn.Module, objective: nn.Module) -> None:
+    What a player steps is a module like this one: `teacher_taps`, `counts(labels)`, `active(step)`, and
+    `forward(images, labels, answer, step, denominators) -> (loss, values to log)`; it may have `memories`, the
+    names of buffers that all processes write alike.
+    """
+
+    def __init__(self, model: nn.Module, objective: Any) -> None:
         super().__init__()
         self.model, self.objective = model, objective
+        self.memories = [f"objective.{name}" for name in objective.memories]
+
+    @property
+    def teacher_taps(self) -> Sequence[str]:
+        return self.objective.teacher_taps
+
+    def counts(self, labels: Tensor) -> Tensor:
+        return self.objective.counts(labels)
+
+    def active(self, step: int) -> bool:
+        return True
 
     def forward(self, images: Tensor, labels: Tensor, answer: Any, step: int, denominators: Tensor) -> Any:
         output = self.model(images, self.objective.student_taps)
-        return self.objective(output, answer, labels, step=step, denominators=denominators)
+        return self.objective(output, answer, labels, step=step, denominators=denominators, images=images)
 
 
 class Player:
     """One that learns: a learner wrapped for its devices, its optimizer, and the average of its weights."""
 
-    def __init__(self, learner: Learner, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(self, learner: Any, config: TrainConfig, accelerator: Accelerator) -> None:
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
-        learner.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.learner, self.accelerator = learner, accelerator
+        learner.to(accelerator.device).to(memory_format=torch.channels_last)
+        self.learner, self.config, self.accelerator = learner, config, accelerator
+        self.memories = set(getattr(learner, "memories", ()))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, self.memories)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(learner, config))
         self.wrapped = accelerator.prepare_model(learner)
         average = get_ema_multi_avg_fn(config.ema)
@@ -118,12 +142,16 @@ class Player:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
 
+    @property
+    def statistics(self) -> list[Tensor]:
+        """The learner's buffers but for its memories: batch-norm's statistics."""
+        return [buffer for name, buffer in self.learner.named_buffers() if name not in self.memories]
+
     def broadcast_buffers(self) -> None:
         """Gives every process the batch-norm statistics of the first, before they are evaluated or saved."""
         if self.accelerator.num_processes > 1:
-            for module in (self.learner, self.ema):
-                for buffer in () if module is None else module.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
+            for buffer in [*self.statistics, *(self.ema.buffers() if self.ema is not None else ())]:
+                torch.distributed.broadcast(buffer, src=0)
 
 
 def build_optimizer(learner: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -134,7 +162,7 @@ def build_optimizer(learner: nn.Module, config: TrainConfig) -> torch.optim.Opti
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
 
 

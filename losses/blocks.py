@@ -136,12 +136,28 @@ def rows_a_block(row_elements: int, device: torch.device) -> int:
     return max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"]) // row_elements)
 
 
+def upsampled_blocks(logits: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+    """Goes over [B, C, h, w] upsampled to `size`: rows, and their block [B, C, R, W] in at least float32.
+
+    For totals that are wanted before the loss, without a gradient.
+    """
+    rows = Rows(logits, size, align_corners=False)
+    for images, start, stop in _blocks(rows, size, whole_images=False):
+        with torch.autocast(logits.device.type, enabled=False):  # not around the yield, which would leave it on
+            block = rows.upsample(*rows.block(start, stop), images)
+        yield slice(start, stop), block
+
+
 class Rows:
-    """Bilinear upsampling of [B, C, h, w] to [B, C, H, W], any rows of it at a time, and its transpose."""
+    """Bilinear upsampling of [B, C, h, w] to [B, C, H, W], any rows of it at a time, and its transpose.
+
+    Where the sizes agree there is nothing to interpolate and the rows are handed through.
+    """
 
     def __init__(self, native: Tensor, size: tuple[int, int], align_corners: bool) -> None:
-        self.native = full_precision(native).contiguous()  # rows of a channels-last map would be copied each time
+        self.native = full_precision(native.detach()).contiguous()  # else rows would be copied each time
         self.width, self.align_corners = size[1], align_corners
+        self.same = native.shape[-2:] == torch.Size(size)
         height, rows = native.shape[-2], torch.arange(size[0], dtype=torch.float64)
         if align_corners:
             source = rows * ((height - 1) / max(size[0] - 1, 1))
@@ -153,6 +169,8 @@ class Rows:
 
     def block(self, start: int, stop: int) -> tuple[slice, Tensor]:
         """The native rows under label rows start..stop, and the matrix [R, K] that interpolates between them."""
+        if self.same:
+            return slice(start, stop), self.native.new_empty(0)
         first, last = int(self.upper[start]), int(self.lower[stop - 1])
         matrix = torch.zeros(stop - start, last - first + 1, dtype=torch.float64)
         rows, share = torch.arange(stop - start), self.share[start:stop]
@@ -163,16 +181,37 @@ class Rows:
     def upsample(self, rows: slice, matrix_RK: Tensor, images: slice = slice(None)) -> Tensor:
         """Label rows [B, C, R, W], of all images or of some."""
         native = self.native[images, :, rows]
+        if self.same:
+            return native
         size = (native.shape[-2], self.width)
         wide_BCKW = F.interpolate(native, size=size, mode="bilinear", align_corners=self.align_corners)
         return matrix_RK @ wide_BCKW
 
     def transpose(self, gradient_BCRW: Tensor, matrix_RK: Tensor) -> Tensor:
         """What a gradient with respect to label rows is with respect to their native rows: [B, C, K, w]."""
+        if self.same:
+            return gradient_BCRW
         wide_BCKW = matrix_RK.mT @ gradient_BCRW
         size = list(wide_BCKW.shape[-2:])
         native = [*wide_BCKW.shape[:-1], self.native.shape[-1]]
         return torch.ops.aten.upsample_bilinear2d_backward(wide_BCKW, size, native, self.align_corners)
+
+
+class ImageTerm(Term):
+    """A mean over images of what `compare` makes of each image's logits and labels."""
+
+    def __init__(self, config: TermConfig, context: Context) -> None:
+        super().__init__()
+
+    def compare(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        """The mean over the images at hand, from both models' logits [B, C, h, w] and labels [B, H, W]."""
+        raise TypeError(f"{type(self).__name__} does not answer compare")
+
+    def forward(
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
+    ) -> Tensor:
+        value = self.compare(student.logits, None if teacher is None else teacher.logits, labels)
+        return value * (len(labels) / denominator).to(value)
 
 
 def label_weight(labels: Tensor, class_weights: Tensor | None = None, ignore_index: int = 255) -> Tensor:
@@ -190,6 +229,38 @@ def safe(denominator: Tensor | float, like: Tensor) -> Tensor:
     return torch.where(total == 0, torch.ones_like(total), total)
 
 
+def blocked_mean(
+    pixels: Callable[..., Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    mask: Tensor | None,
+    *maps: Tensor,
+) -> Tensor:
+    """Mean over the pixels of `mask` of `pixels(student, teacher, *maps) -> [B, R, W]`, by blocks at its size.
+
+    Args:
+        mask: boolean [B, H, W], to whose size the logits are upsampled; without it all pixels at the student's
+            native size count.
+        maps: [B, ..., H, W], handed to `pixels`.
+
+    Returns:
+        A scalar, at least float32; 0, with a zero gradient, where no pixel counts.
+    """
+    if mask is None:
+        mask = everywhere(student_logits)
+
+    def block(ours: Tensor, theirs: Tensor | None, counted: Tensor, *maps: Tensor) -> Tensor:
+        return torch.where(counted, pixels(ours, theirs, *maps), 0.0).sum()
+
+    total = blocked_sum(block, student_logits, teacher_logits, [mask, *maps])
+    return total / safe(mask.sum(), total)
+
+
+def everywhere(maps: Tensor) -> Tensor:
+    """The mask [B, h, w] of all positions of [B, C, h, w]."""
+    return torch.ones_like(maps[:, 0], dtype=torch.bool)
+
+
 @dataclass
 class PixelTermConfig(TermConfig):
     """A term that is a mean over labelled pixels."""
@@ -201,6 +272,7 @@ class PixelTermConfig(TermConfig):
 class PixelTerm(Term):
     """A mean over labelled pixels, at label size, of what `pixels` gives each; by class weights if asked."""
 
+    taught = True  # `pixels` looks at the teacher
     class_weights: Tensor | None
 
     def __init__(self, config: PixelTermConfig, context: Context) -> None:
@@ -225,5 +297,6 @@ class PixelTerm(Term):
                 values = values * self.class_weights.to(values)[target]
             return values.sum()
 
-        total = blocked_sum(block, student.logits, None if teacher is None else teacher.logits, [labels])
+        taught = teacher.logits if self.taught and teacher is not None else None
+        total = blocked_sum(block, student.logits, taught, [labels])
         return total / safe(denominator, total)

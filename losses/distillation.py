@@ -8,11 +8,60 @@ import torch
 from torch import Tensor, nn
 
 from errors import ConfigurationError
+from losses.adversarial import Holistic, HolisticConfig
 from losses.blocks import PixelTerm
-from losses.features import AttentionTransfer, AttentionTransferConfig, Fitnet, FitnetConfig
-from losses.logits import KDConfig
-from losses.relations import Affinity, AffinityConfig
-from losses.supervised import CrossEntropyConfig
+from losses.contrast import AfDcd, AfDcdConfig, CirkdMemory, CirkdMemoryConfig
+from losses.features import (
+    MGD,
+    AttentionTransfer,
+    AttentionTransferConfig,
+    Fitnet,
+    FitnetConfig,
+    MGDConfig,
+    Review,
+    ReviewConfig,
+)
+from losses.latent import KTA, Affinity, AffinityConfig, AutoencoderConfig, KTAConfig, Latents
+from losses.logits import (
+    Bpkd,
+    BpkdConfig,
+    Cwd,
+    CwdConfig,
+    Dist,
+    DistConfig,
+    Dkd,
+    DkdConfig,
+    KDConfig,
+    LogitStd,
+    LogitStdConfig,
+    Wsl,
+    WslConfig,
+)
+from losses.relations import (
+    IFVD,
+    CirkdMiniBatch,
+    CirkdMiniBatchConfig,
+    IFVDConfig,
+    Pairwise,
+    PairwiseConfig,
+)
+from losses.supervised import (
+    Boundary,
+    BoundaryConfig,
+    ConfidencePenalty,
+    ConfidencePenaltyConfig,
+    CrossEntropyConfig,
+    Dice,
+    DiceConfig,
+    Focal,
+    FocalConfig,
+    Lovasz,
+    LovaszConfig,
+    Margin,
+    MarginConfig,
+    Ohem,
+    OhemConfig,
+)
 from losses.term import Context, ModelOutput, Taps, Term, TermConfig
 from losses.upsampled import upsampled_loss
 
@@ -23,14 +72,60 @@ class LossConfig:
 
     cross_entropy: CrossEntropyConfig | None = field(default_factory=CrossEntropyConfig)
     """Cross-entropy with the labels."""
+    focal: FocalConfig | None = None
+    """Focal loss."""
+    dice: DiceConfig | None = None
+    """Soft Dice."""
+    lovasz: LovaszConfig | None = None
+    """Lovász-softmax."""
+    ohem: OhemConfig | None = None
+    """Cross-entropy of the hardest pixels."""
+    boundary: BoundaryConfig | None = None
+    """Cross-entropy with more weight near boundaries."""
+    confidence_penalty: ConfidencePenaltyConfig | None = None
+    """Confidence penalty, for teachers of high entropy."""
+    margin: MarginConfig | None = None
+    """Margin-based label smoothing, for teachers of high entropy."""
     kd: KDConfig | None = None
     """Knowledge distillation of logits."""
+    cwd: CwdConfig | None = None
+    """Channel-wise distillation."""
+    dist: DistConfig | None = None
+    """DIST: correlations in place of a divergence."""
+    wsl: WslConfig | None = None
+    """Weighted soft labels."""
+    dkd: DkdConfig | None = None
+    """Decoupled distillation."""
+    logit_std: LogitStdConfig | None = None
+    """Logit standardisation."""
+    bpkd: BpkdConfig | None = None
+    """Boundary-privileged distillation."""
     attention_transfer: AttentionTransferConfig | None = None
     """Attention transfer."""
     fitnet: FitnetConfig | None = None
     """FitNets' hints."""
+    review: ReviewConfig | None = None
+    """Knowledge review: maps fused from deep to shallow."""
+    mgd: MGDConfig | None = None
+    """Masked generative distillation."""
+    kta: KTAConfig | None = None
+    """Knowledge translation and adaptation: features in an autoencoder's latent space."""
     affinity: AffinityConfig | None = None
     """Affinity of all pairs of positions."""
+    pairwise: PairwiseConfig | None = None
+    """Affinity of a few max-pooled regions."""
+    ifvd: IFVDConfig | None = None
+    """How like its class's mean feature each position is."""
+    cirkd_mini_batch: CirkdMiniBatchConfig | None = None
+    """Similarities across the images of a batch."""
+    cirkd_memory: CirkdMemoryConfig | None = None
+    """Similarities to a memory of the teacher's embeddings."""
+    af_dcd: AfDcdConfig | None = None
+    """Dense contrast of patches of channels and positions."""
+    holistic: HolisticConfig | None = None
+    """A critic of image and score map."""
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    """The autoencoder of `kta` and `affinity`."""
 
     def active(self) -> dict[str, TermConfig]:
         """The configured terms by name, in the order of the fields."""
@@ -41,9 +136,31 @@ class LossConfig:
 TERMS: dict[type[TermConfig], Callable[[Any, Context], Term]] = {
     CrossEntropyConfig: PixelTerm,  # these two are made together, by `upsampled_loss`
     KDConfig: PixelTerm,
+    FocalConfig: Focal,
+    DiceConfig: Dice,
+    LovaszConfig: Lovasz,
+    OhemConfig: Ohem,
+    BoundaryConfig: Boundary,
+    ConfidencePenaltyConfig: ConfidencePenalty,
+    MarginConfig: Margin,
+    CwdConfig: Cwd,
+    DistConfig: Dist,
+    WslConfig: Wsl,
+    DkdConfig: Dkd,
+    LogitStdConfig: LogitStd,
+    BpkdConfig: Bpkd,
     AttentionTransferConfig: AttentionTransfer,
     FitnetConfig: Fitnet,
+    ReviewConfig: Review,
+    MGDConfig: MGD,
+    KTAConfig: KTA,
     AffinityConfig: Affinity,
+    PairwiseConfig: Pairwise,
+    IFVDConfig: IFVD,
+    CirkdMiniBatchConfig: CirkdMiniBatch,
+    CirkdMemoryConfig: CirkdMemory,
+    AfDcdConfig: AfDcd,
+    HolisticConfig: Holistic,
 }
 
 
@@ -82,7 +199,8 @@ class DistillationLoss(nn.Module):
                 raise ConfigurationError(f"losses: class_weights={scheme} needs a data set's label counts")
             return class_weights(scheme)
 
-        context = Context(student_taps, teacher_taps, classes, weights)
+        self.latents = Latents(config.autoencoder)
+        context = Context(student_taps, teacher_taps, classes, weights, self.latents)
         if config.kd is not None:
             context.taught("kd")
         terms = {name: TERMS[type(part)](part, context) for name, part in self.configs.items()}
@@ -98,7 +216,18 @@ class DistillationLoss(nn.Module):
     @property
     def teacher_taps(self) -> list[str]:
         """Taps that the teacher must answer with."""
-        return sorted({tap for term in self.terms.values() for tap in term.teacher_taps})  # type: ignore
+        return self.latents.sources([tap for term in self.terms.values() for tap in term.teacher_taps])  # type: ignore
+
+    @property
+    def opponents(self) -> list[nn.Module]:
+        """Learners of their own that the terms bring, critics say, to be stepped as players beside the student."""
+        made = (term.opponent(self.configs[name], self.total_steps) for name, term in self.terms.items())  # type: ignore
+        return [learner for learner in made if learner is not None]
+
+    @property
+    def memories(self) -> list[str]:
+        """Names of buffers that all processes write alike: large, and not to be broadcast."""
+        return [f"terms.{name}.{buffer}" for name, term in self.terms.items() for buffer in term.memories()]  # type: ignore
 
     def counts(self, labels: Tensor) -> Tensor:
         """Each term's local denominator: float64 [terms], to be added up over parts and processes."""
@@ -126,6 +255,9 @@ class DistillationLoss(nn.Module):
         precision = torch.promote_types(student.logits.dtype, torch.float32)
         shares = dict(zip(self.terms, denominators.to(precision), strict=True))
         factors = {name: config.factor(step, self.total_steps) for name, config in self.configs.items()}
+        if teacher is not None:
+            in_force = [term for name, term in self.terms.items() if factors[name]]
+            teacher = self.latents.extend(teacher, [tap for term in in_force for tap in term.teacher_taps])  # type: ignore
         loss, values = self._pixel_terms(student, teacher, labels, factors, shares)
         for name, term in self.terms.items():
             if name in ("cross_entropy", "kd"):

@@ -1,4 +1,4 @@
-"""Distillation of feature maps: FitNets' hints and attention transfer."""
+"""Distillation of feature maps: FitNets' hints, attention transfer, review, masked generation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from errors import ConfigurationError
 from losses.term import (
+    BatchNorm,
     Context,
     FeatureTermConfig,
     ModelOutput,
@@ -36,6 +38,40 @@ class AttentionTransferConfig(FeatureTermConfig):
     """Factor of the term in the total loss (attention maps are of unit norm, so their differences are tiny)."""
     taps: list[str] = field(default_factory=lambda: ["decoder.0", "decoder.1"])
     """Where to compare: a list of `tap`, or `student_tap:teacher_tap`."""
+
+
+@dataclass
+class ReviewConfig(FeatureTermConfig):
+    """Knowledge review (Chen et al. 2021): maps fused from deep to shallow against the teacher's."""
+
+    weight: float = 1.0
+    """Factor of the term in the total loss."""
+    taps: list[str] = field(default_factory=lambda: ["encoder.0", "encoder.1", "encoder.2", "bottleneck"])
+    """Where to compare: a list of `tap`, or `student_tap:teacher_tap`, in any order."""
+    mid_channels: int = 0
+    """Channels of the fused maps; 0: those of the student's deepest tap, at most 512."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mid_channels < 0:
+            raise ConfigurationError(
+                f"losses.review.mid_channels: {self.mid_channels} is negative; give 0 for the default or more"
+            )
+
+
+@dataclass
+class MGDConfig(FeatureTermConfig):
+    """Masked generative distillation (Yang et al. 2022): the teacher's map from a part of the student's."""
+
+    weight: float = 2e-5
+    """Factor of the term in the total loss (it is a sum over channels and positions)."""
+    mask_ratio: float = 0.75
+    """Share of the student's positions that are hidden, drawn anew at each step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mask_ratio < 1:
+            raise ConfigurationError(f"losses.mgd.mask_ratio: {self.mask_ratio} is not in [0, 1); give say 0.75")
 
 
 def fitnet(student_features: Tensor, teacher_features: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -75,6 +111,35 @@ def attention_transfer(
     return _image_means(difference.square(), mask).mean()
 
 
+def hierarchical_context(
+    student_features: Tensor, teacher_features: Tensor, *, mask: Tensor | None = None
+) -> Tensor:
+    """Mean squared difference of two maps and of their poolings to 4×4, 2×2 and 1×1, weighted 1, 1/2, 1/4, 1/8.
+
+    The hierarchical context loss of Chen et al. 2021 (section 3.4), the weights divided by their sum as in the
+    authors' code. A pooling that would not make the map smaller in both directions is left out; the authors look
+    at the height alone, which is the same on their square maps.
+
+    Args:
+        student_features, teacher_features: [B, D, h, w], the student's already of the teacher's width.
+        mask: boolean [B, h, w], True where a position counts; a pooled one counts if any of its own does.
+    """
+    difference = full_precision(student_features) - full_precision(teacher_features.detach())
+    total, weight, weights = fitnet(difference, torch.zeros_like(difference), mask=mask), 1.0, 1.0
+    for size in (level for level in (4, 2, 1) if level < min(difference.shape[-2:])):
+        if mask is None:
+            pooled, counted = F.adaptive_avg_pool2d(difference, size), None
+        else:
+            share = F.adaptive_avg_pool2d(mask[:, None].to(difference), size)
+            inside = F.adaptive_avg_pool2d(torch.where(mask[:, None], difference, 0.0), size)
+            counted = share[:, 0] > 0
+            pooled = inside / torch.where(share > 0, share, 1.0)
+        weight /= 2
+        total = total + weight * fitnet(pooled, torch.zeros_like(pooled), mask=counted)
+        weights += weight
+    return total / weights
+
+
 def _image_means(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the counted positions of each image: [B, h, w] -> [B]; 0 where none counts."""
     if mask is None:
@@ -85,33 +150,60 @@ def _image_means(values: Tensor, mask: Tensor | None) -> Tensor:
 class FeatureTerm(Term):
     """A function of two feature maps over a list of tap pairs: the mean over pairs of its mean over images.
 
-    The teacher's map is brought to the student's resolution.
+    The teacher's map is brought to the student's resolution, by area where it shrinks, else bilinearly, and the
+    student's to the teacher's width where the function needs it.
     """
 
     function: Callable[..., Tensor]
 
     def __init__(self, config: FeatureTermConfig, context: Context) -> None:
         super().__init__()
-        self.pairs = pair_taps(term_name(type(config)), config.taps, context)
+        self.name = term_name(type(config))
+        self.pairs = pair_taps(self.name, config.taps, context)
         self.student_taps, self.teacher_taps = [s for s, _ in self.pairs], [t for _, t in self.pairs]
         self.labelled_only = config.labelled_only
+        teacher = context.taught(self.name)
+        self.widths = [(context.student[s].channels, teacher[t].channels) for s, t in self.pairs]
 
     def project(self, pair: int, features: Tensor) -> Tensor:
         """The student's features as the function takes them."""
         return features
 
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean over images for one pair."""
+        return type(self).function(student, teacher, mask=mask)
+
     def forward(
         self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
     ) -> Tensor:
-        assert teacher is not None
         total = torch.zeros((), device=labels.device)
-        for pair, (ours, theirs) in enumerate(self.pairs):
-            features = self.project(pair, student.features[ours])
+        for pair in range(len(self.pairs)):
+            ours, theirs = self.maps(pair, student, teacher)
+            features = self.project(pair, ours)
             size = (features.shape[-2], features.shape[-1])
             mask = mask_of(labels, size) if self.labelled_only else None
-            taught = resize(full_precision(teacher.features[theirs].detach()), size)
-            total = total + type(self).function(features, taught, mask=mask)
+            taught = resize(full_precision(theirs), size)
+            total = total + self.compare(features, taught, mask)
         return total * (len(labels) / len(self.pairs) / denominator).to(total)
+
+    def maps(self, pair: int, student: ModelOutput, teacher: ModelOutput | None) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's map of a pair, the latter without gradient.
+
+        Raises:
+            ConfigurationError: naming both taps, where one is no map of the published width, or of other images.
+        """
+        assert teacher is not None
+        taps, widths = self.pairs[pair], self.widths[pair]
+        ours, theirs = student.features[taps[0]], teacher.features[taps[1]].detach()
+        maps = ours.ndim == theirs.ndim == 4 and len(ours) == len(theirs)
+        if not maps or (ours.shape[1], theirs.shape[1]) != widths:
+            announced = " and ".join(f"[B, {width}, h, w]" for width in widths)
+            raise ConfigurationError(
+                f"losses.{self.name}.taps: the student's {taps[0]} is {list(ours.shape)} and the teacher's "
+                f"{taps[1]} {list(theirs.shape)}, where {announced} are announced; name taps that are maps of one "
+                "batch, or correct what the model publishes"
+            )
+        return ours, theirs
 
 
 class Fitnet(FeatureTerm):
@@ -121,10 +213,7 @@ class Fitnet(FeatureTerm):
 
     def __init__(self, config: FitnetConfig, context: Context) -> None:
         super().__init__(config, context)
-        teacher = context.taught("fitnet")
-        self.adapters = nn.ModuleList(
-            nn.Conv2d(context.student[s].channels, teacher[t].channels, kernel_size=1) for s, t in self.pairs
-        )
+        self.adapters = nn.ModuleList(nn.Conv2d(ours, theirs, kernel_size=1) for ours, theirs in self.widths)
 
     def project(self, pair: int, features: Tensor) -> Tensor:
         return self.adapters[pair](features)
@@ -134,3 +223,114 @@ class AttentionTransfer(FeatureTerm):
     """`attention_transfer` over the configured pairs."""
 
     function = staticmethod(attention_transfer)
+
+
+class Fusion(nn.Module):
+    """Attention-based fusion (Chen et al. 2021, section 3.3) of a map with what came from the deeper ones.
+
+    Args:
+        student, mid, teacher: channels of the student's map, of the fused one, of the teacher's.
+        deepest: nothing comes from deeper.
+    """
+
+    def __init__(self, student: int, mid: int, teacher: int, *, deepest: bool) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(student, mid, 1, bias=False), BatchNorm(mid))
+        self.attention = None if deepest else nn.Conv2d(2 * mid, 2, 1)
+        self.outer = nn.Sequential(nn.Conv2d(mid, teacher, 3, padding=1, bias=False), BatchNorm(teacher))
+        for convolution in (self.inner[0], self.outer[0]):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor, deeper: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """What is compared with the teacher's map of `size`, and what goes on to the next shallower fusion."""
+        fused = self.inner(features)
+        if self.attention is not None and deeper is not None:
+            deeper = _nearest(deeper, (fused.shape[-2], fused.shape[-1]))
+            share = self.attention(torch.cat([fused, deeper], 1)).sigmoid()
+            fused = fused * share[:, :1] + deeper * share[:, 1:]
+        fused = _nearest(fused, size)
+        return self.outer(fused), fused
+
+
+def _nearest(features: Tensor, size: tuple[int, int]) -> Tensor:
+    return features if features.shape[-2:] == size else F.interpolate(features, size, mode="nearest")
+
+
+class Review(FeatureTerm):
+    """Knowledge review (Chen et al. 2021, "Distilling Knowledge via Knowledge Review"): the sum over pairs of
+    `hierarchical_context` between the student's fused maps and the teacher's.
+
+    The pairs are put in order from deep to shallow by the student's published strides; of two maps of one stride
+    the one published later is the deeper. Each student's map is projected to `mid_channels`, fused with what comes
+    from the deeper ones (brought to its size, two attention maps as weights), brought to the teacher's size by
+    nearest neighbour, and projected to the teacher's width, all as in the authors' code: there the sizes are
+    numbers given for square maps, here they are read off the maps. The convolutions see the neighbourhood, so with
+    `labelled_only` unlabelled positions are not compared but are seen; batch-norm's statistics are those of the
+    images that are passed together.
+    """
+
+    def __init__(self, config: ReviewConfig, context: Context) -> None:
+        super().__init__(config, context)
+        if len(set(self.student_taps)) < len(self.pairs):
+            named = [":".join(pair) for pair in self.pairs if self.student_taps.count(pair[0]) > 1]
+            raise ConfigurationError(
+                f"losses.review.taps: {' and '.join(named)} take one tap of the student, which can't be reviewed "
+                "by itself; name each of the student's taps once"
+            )
+        published = list(context.student)
+        depths = [(context.student[tap].stride, published.index(tap)) for tap in self.student_taps]
+        order = sorted(range(len(depths)), key=depths.__getitem__, reverse=True)
+        self.pairs, self.widths = [self.pairs[i] for i in order], [self.widths[i] for i in order]
+        mid = config.mid_channels or min(512, self.widths[0][0])
+        self.fusions = nn.ModuleList(
+            Fusion(ours, mid, theirs, deepest=i == 0) for i, (ours, theirs) in enumerate(self.widths)
+        )
+
+    def forward(
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
+    ) -> Tensor:
+        total, deeper = torch.zeros((), device=labels.device), None
+        for pair, fusion in enumerate(self.fusions):
+            ours, theirs = self.maps(pair, student, teacher)
+            size = (theirs.shape[-2], theirs.shape[-1])
+            made, deeper = fusion(ours, deeper, size)
+            mask = mask_of(labels, size) if self.labelled_only else None
+            total = total + hierarchical_context(made, theirs, mask=mask)
+        return total * (len(labels) / denominator).to(total)
+
+
+class MGD(FeatureTerm):
+    """Masked generative distillation (Yang et al. 2022, eq. 4): `sum (f_t - G(M · align(f_s)))²`, mean of images.
+
+    M hides a share `mask_ratio` of the positions, drawn at each step from PyTorch's generator of the device; G is
+    a 3×3 convolution, ReLU, a 3×3 convolution; `align` a 1×1 convolution where the widths differ. The difference
+    is summed over channels and positions and divided by the images alone, as in the paper and the authors' code,
+    and the published weight of 2e-5 belongs to that sum: an image of twice the height and width costs four times
+    as much, and so does a tap of half the stride. At other crops than the paper's scale the weight by the inverse
+    of the area.
+
+    Over several pairs the mean is taken, where the authors have one. The convolutions see the neighbourhood, so
+    with `labelled_only` unlabelled positions are not compared but are seen.
+    """
+
+    def __init__(self, config: MGDConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.mask_ratio = config.mask_ratio
+        self.aligns = nn.ModuleList(
+            nn.Identity() if ours == theirs else nn.Conv2d(ours, theirs, 1) for ours, theirs in self.widths
+        )
+        self.generators = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(width, width, 3, padding=1)
+            )
+            for _, width in self.widths
+        )
+
+    def project(self, pair: int, features: Tensor) -> Tensor:
+        aligned = self.aligns[pair](features)
+        shown = torch.rand(len(aligned), 1, *aligned.shape[-2:], device=aligned.device) <= 1 - self.mask_ratio
+        return self.generators[pair](torch.where(shown, aligned, 0.0))
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        squares = (full_precision(student) - full_precision(teacher)).square().sum(1)
+        return (squares if mask is None else torch.where(mask, squares, 0.0)).sum((1, 2)).mean()

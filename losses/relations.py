@@ -1,23 +1,82 @@
-"""Distillation of relations between positions: the affinity matrix, without ever making it.
+"""Distillation of relations: between positions, positions and their class, positions of several images.
 
-Dimension letters: B images, N positions, S and T channels of student and teacher.
+No matrix of positions by positions is ever made whole.
+
+Dimension letters: B images, N positions, C classes, D channels; S and T channels of student and teacher; P rows
+and K keys, of which a block of R rows at a time.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from errors import ConfigurationError
 from losses.features import FeatureTerm
-from losses.term import FeatureTermConfig, full_precision
+from losses.term import (
+    IGNORE_INDEX,
+    Context,
+    FeatureTermConfig,
+    ModelOutput,
+    Term,
+    TermConfig,
+    full_precision,
+    pair_taps,
+    resize,
+)
+
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of a block of similarities
 
 
 @dataclass
-class AffinityConfig(FeatureTermConfig):
-    """Affinity (He et al. 2019): cosine similarity of every position with every other, on raw features."""
+class PairwiseConfig(FeatureTermConfig):
+    """Pair-wise distillation (Liu et al. 2019): affinity of a few regions of the image, max-pooled."""
 
-    weight: float = 1.0
+    weight: float = 10.0
     """Factor of the term in the total loss."""
+    scale: float = 0.5
+    """Height and width of a region as a share of the map's: 0.5 makes 2×2 regions."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.scale < 1:
+            raise ConfigurationError(
+                f"losses.pairwise.scale: {self.scale} is no share of the map; give 0.5 for 2×2 regions"
+            )
+
+
+@dataclass
+class IFVDConfig(TermConfig):
+    """Intra-class feature variation (Wang et al. 2020): how like its class's mean feature each position is."""
+
+    weight: float = 20.0
+    """Factor of the term in the total loss (CIRKD's authors' figure; Wang et al.'s own code has 200)."""
+    taps: list[str] = field(default_factory=lambda: ["decoder.2"])
+    """Where to compare, `tap` or `student_tap:teacher_tap`; the default is what a UNet of depth 3 classifies."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.taps:
+            raise ConfigurationError("losses.ifvd.taps: empty; name at least one tap")
+
+
+@dataclass
+class CirkdMiniBatchConfig(FeatureTermConfig):
+    """CIRKD within a batch (Yang et al. 2022): similarity of each position with all of every image, as a KL."""
+
+    temperature: float = 0.1
+    """Divides the cosines before the softmax; the loss has no T²."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ConfigurationError(
+                f"losses.cirkd_mini_batch.temperature: {self.temperature} is not positive; give say 0.1"
+            )
 
 
 def affinity(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -39,8 +98,8 @@ def affinity(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
     Returns:
         A scalar, at least float32. The squared norms are added up in float64: near a perfect student they cancel.
     """
-    unit_BSN = _unit_vectors(student, mask)
-    unit_BTN = _unit_vectors(teacher.detach(), mask)
+    unit_BSN = unit_vectors(student, mask)
+    unit_BTN = unit_vectors(teacher.detach(), mask)
     positions = unit_BSN.shape[-1] if mask is None else mask.flatten(1).sum(1).clamp(min=1)
 
     with torch.autocast(student.device.type, enabled=False):
@@ -54,7 +113,7 @@ def affinity(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
     return (squared / positions**2).mean().to(unit_BSN.dtype)
 
 
-def _unit_vectors(features: Tensor, mask: Tensor | None) -> Tensor:
+def unit_vectors(features: Tensor, mask: Tensor | None = None) -> Tensor:
     """[B, D, h, w] -> [B, D, N] with columns of unit length; zero (its gradient too) where a column is zero."""
     flat = full_precision(features).flatten(2)
     if mask is not None:
@@ -69,7 +128,262 @@ def _squared_norm(matrix: Tensor) -> Tensor:
     return matrix.double().square().sum((1, 2))
 
 
-class Affinity(FeatureTerm):
-    """`affinity` over the configured pairs."""
+def pairwise(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, scale: float = 0.5) -> Tensor:
+    """`affinity` of regions in place of positions: each `ceil(scale * size)` high and wide, max-pooled by channel.
 
-    function = staticmethod(affinity)
+    Structured knowledge distillation, Liu et al. 2019: the mean over images of the mean over pairs of regions of
+    the squared difference of cosines. The authors' code sums them and divides by (number of regions)² and by the
+    images, which is the same. It departs from this in two places: its regions are `floor(scale * size)` wide with
+    what remains as regions of their own, so that a map of 65 gets a third row of regions one pixel high (here the
+    default always makes 2×2); and it takes the features' norms as constants in the gradient, where this is the
+    gradient of the value. On even sizes the values agree.
+
+    Args:
+        student, teacher: [B, S, h, w] and [B, T, h, w]; no gradient reaches the teacher.
+        mask: boolean [B, h, w], True where a position counts; a region without one does not count either.
+        scale: in (0, 1).
+    """
+
+    def regions(features: Tensor) -> Tensor:
+        window = [math.ceil(size * scale) for size in features.shape[-2:]]
+        return F.max_pool2d(features, window, ceil_mode=True)
+
+    ours, theirs = full_precision(student), full_precision(teacher.detach())
+    if mask is None:
+        return affinity(regions(ours), regions(theirs))
+    counted = regions(mask[:, None].to(ours))[:, 0] > 0
+
+    def masked(features: Tensor) -> Tensor:
+        return torch.where(counted[:, None], regions(features.masked_fill(~mask[:, None], -math.inf)), 0.0)
+
+    return affinity(masked(ours), masked(theirs), mask=counted)
+
+
+class Pairwise(FeatureTerm):
+    """`pairwise` over the configured pairs."""
+
+    def __init__(self, config: PairwiseConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.scale = config.scale
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        return pairwise(student, teacher, mask=mask, scale=self.scale)
+
+
+def ifvd(student: Tensor, teacher: Tensor, labels: Tensor, *, classes: int | None = None) -> Tensor:
+    """Mean over images of the mean over labelled positions of `(cos(f_i, m_i)_s - cos(f_i, m_i)_t)²`.
+
+    m_i is the mean feature of the class of position i in its image. Intra-class feature variation distillation,
+    Wang et al. 2020. A cosine needs the direction of m alone, so it is taken with the class's sum; sums and
+    cosines are two small matrix products, where the authors' code fills a map of centres class by class, with some
+    copies of all features each. The gradient goes through the means, as theirs does. Their mean counts unlabelled
+    positions too, with a difference of 0; here they are out, and the loss of an image does not depend on how many
+    there are. A feature that is all zero has similarity 0.
+
+    Args:
+        student, teacher: [B, S, h, w] and [B, T, h, w]; no gradient reaches the teacher.
+        labels: int64 [B, H, W], 255 unlabelled; brought to the features' size by nearest neighbour.
+        classes: their number; one more than the largest label without it.
+    """
+    target_BN = labels_at(labels, (student.shape[-2], student.shape[-1])).flatten(1)
+    labelled_BN = target_BN != IGNORE_INDEX
+    target_BN = torch.where(labelled_BN, target_BN, 0)
+    every_C = torch.arange(classes or int(target_BN.max()) + 1, device=labels.device)
+    member_BNC = (target_BN[..., None] == every_C) & labelled_BN[..., None]
+    with torch.autocast(student.device.type, enabled=False):
+        difference_BN = _class_similarity(student, target_BN, member_BNC)
+        difference_BN = difference_BN - _class_similarity(teacher.detach(), target_BN, member_BNC)
+    squared_BN = torch.where(labelled_BN, difference_BN.square(), 0.0)
+    return (squared_BN.sum(1) / labelled_BN.sum(1).clamp(min=1)).mean()
+
+
+def _class_similarity(features: Tensor, target_BN: Tensor, member_BNC: Tensor) -> Tensor:
+    """Cosine [B, N] of each position with the mean over its class in its image."""
+    flat_BDN = full_precision(features).flatten(2)
+    sums_BCD = (flat_BDN @ member_BNC.to(flat_BDN)).mT
+    dots_BN = (sums_BCD @ flat_BDN).gather(1, target_BN[:, None])[:, 0]
+    of_means_BN = torch.linalg.vector_norm(sums_BCD, dim=2).gather(1, target_BN)
+    return dots_BN * _inverse(torch.linalg.vector_norm(flat_BDN, dim=1)) * _inverse(of_means_BN)
+
+
+def _inverse(length: Tensor) -> Tensor:
+    """1 / length, and 0 with a zero gradient where it is 0."""
+    nonzero = length > math.sqrt(torch.finfo(length.dtype).tiny)
+    return torch.where(nonzero, 1 / torch.where(nonzero, length, 1.0), 0.0)
+
+
+def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels [B, H, W] at another size, by nearest neighbour, as `mask_of` takes them."""
+    return F.interpolate(labels[:, None].float(), size=size, mode="nearest")[:, 0].long()
+
+
+class IFVD(Term):
+    """`ifvd` over the configured pairs, the teacher's map brought to the student's resolution: their mean."""
+
+    def __init__(self, config: IFVDConfig, context: Context) -> None:
+        super().__init__()
+        self.pairs = pair_taps("ifvd", config.taps, context)
+        self.student_taps, self.teacher_taps = [s for s, _ in self.pairs], [t for _, t in self.pairs]
+        self.classes = context.classes or None
+
+    def forward(
+        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
+    ) -> Tensor:
+        assert teacher is not None
+        total = torch.zeros((), device=labels.device)
+        for ours, theirs in self.pairs:
+            features = student.features[ours]
+            size = (features.shape[-2], features.shape[-1])
+            taught = resize(full_precision(teacher.features[theirs].detach()), size)
+            total = total + ifvd(features, taught, labels, classes=self.classes)
+        return total * (len(labels) / len(self.pairs) / denominator).to(total)
+
+
+def cirkd_mini_batch(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, temperature: float = 0.1
+) -> Tensor:
+    """Mean over pairs of images (i, j) and positions n of i of `KL(p_t || p_s)`, over the positions m of j.
+
+    `p(m) = softmax_m(cos(f_n, f_m) / temperature)`. Cross-image relational distillation, Yang et al. 2022; an
+    image is paired with itself too, and there is no T², as in the authors' code. Value and gradient come from one
+    pass over blocks of rows, so that of the matrix of all positions by all positions, of which plain code keeps
+    several, no more than a block ever exists. As in their code, maps of 256×256 and above are first average-pooled
+    by 4. A feature that is all zero has similarity 0 with all.
+
+    Args:
+        student, teacher: [B, S, h, w] and [B, T, h, w]; no gradient reaches the teacher.
+        mask: boolean [B, h, w], True where a position counts, as row and as column.
+    """
+    if min(student.shape[-2:]) >= 256:
+        if mask is not None:  # of the mean's direction alone is made use, so its denominator may be what it is
+            student, teacher = (features * mask[:, None] for features in (student, teacher))
+            mask = F.max_pool2d(mask[:, None].float(), 4, ceil_mode=True)[:, 0] > 0
+        student, teacher = (F.avg_pool2d(features, 4, ceil_mode=True) for features in (student, teacher))
+    batch = len(student)
+    rows_PS = unit_vectors(student, mask).mT.flatten(0, 1)
+    rows_PT = unit_vectors(teacher.detach(), mask).mT.flatten(0, 1)
+    if mask is None:
+        counted_BN = rows_PS.new_ones(batch, rows_PS.shape[0] // batch)
+    else:
+        counted_BN = mask.flatten(1).to(rows_PS)
+    weight_BN = counted_BN / (counted_BN.sum(1, keepdim=True).clamp(min=1) * batch**2)
+    return row_divergence(
+        rows_PS,
+        rows_PT,
+        rows_PS,
+        rows_PT,
+        weight=weight_BN.flatten(),
+        counted=None if mask is None else mask.flatten(),
+        groups=batch,
+        temperature=temperature,
+    )
+
+
+def row_divergence(
+    student_rows: Tensor,
+    teacher_rows: Tensor,
+    student_keys: Tensor,
+    teacher_keys: Tensor,
+    *,
+    weight: Tensor,
+    counted: Tensor | None = None,
+    groups: int = 1,
+    temperature: float,
+) -> Tensor:
+    """Weighted sum over rows of `KL(p_t || p_s)`, `p = softmax(rows · keysᵀ / temperature)`, by blocks of rows.
+
+    The value and, in the same pass, the gradients are made a block of rows at a time: memory is that of the inputs
+    and a block, however many keys there are.
+
+    Args:
+        student_rows, student_keys: [P, S] and [K, S]; both get a gradient, once differentiable.
+        teacher_rows, teacher_keys: [P, T] and [K, T].
+        weight: [P], of the rows.
+        counted: boolean [K], False for keys that do not take part; none does: 0.
+        groups: number of equal parts of the keys, each with a softmax of its own, whose divergences are added up.
+    """
+    with torch.autocast(student_rows.device.type, enabled=False):
+        return _RowDivergence.apply(
+            student_rows,
+            student_keys,
+            teacher_rows.detach(),
+            teacher_keys.detach(),
+            weight,
+            counted,
+            groups,
+            temperature,
+        )
+
+
+def block_elements(device: torch.device) -> int:
+    """How many similarities a block has."""
+    return BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS["cuda"])
+
+
+class _RowDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows_PS: Tensor,
+        keys_KS: Tensor,
+        rows_PT: Tensor,
+        keys_KT: Tensor,
+        weight_P: Tensor,
+        counted_K: Tensor | None,
+        groups: int,
+        temperature: float,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[:2]
+        gradients = [
+            torch.zeros_like(x) if want else None for x, want in zip((rows_PS, keys_KS), wanted, strict=True)
+        ]
+        total = torch.zeros((), dtype=torch.float64, device=rows_PS.device)
+        blank = None if counted_K is None else ~counted_K
+
+        def log_shares(rows_RD: Tensor, keys_KD: Tensor) -> Tensor:
+            logits_RK = (rows_RD @ keys_KD.T).div_(temperature)
+            if blank is not None:
+                least = torch.finfo(logits_RK.dtype).min  # -inf would make NaN where all are blank
+                logits_RK.masked_fill_(blank, least)
+            return F.log_softmax(logits_RK.view(len(rows_RD), groups, -1), dim=-1)
+
+        step = max(1, block_elements(rows_PS.device) // max(1, len(keys_KS)))
+        for start in range(0, len(rows_PS), step):
+            block = slice(start, start + step)
+            theirs = log_shares(rows_PT[block], keys_KT)
+            shares = theirs.exp()
+            ours = log_shares(rows_PS[block], keys_KS)
+            rows_weight = weight_P[block]
+            total += (theirs.sub_(ours).mul_(shares).sum((1, 2)) * rows_weight).sum(dtype=torch.float64)
+            if any(wanted):
+                pull_RK = ours.exp_().sub_(shares).flatten(1).mul_((rows_weight / temperature)[:, None])
+                if gradients[0] is not None:
+                    torch.mm(pull_RK, keys_KS, out=gradients[0][block])
+                if gradients[1] is not None:
+                    gradients[1].addmm_(pull_RK.T, rows_PS[block])
+        ctx.save_for_backward(*gradients)
+        return total.to(rows_PS.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if gradient is None else gradient * grad_loss for gradient in ctx.saved_tensors)
+        return *scaled, *[None] * 6
+
+
+class CirkdMiniBatch(FeatureTerm):
+    """`cirkd_mini_batch` over the configured pairs.
+
+    It sees the images of one process and one accumulated part, as the authors' code does: splitting a batch
+    changes which pairs there are.
+    """
+
+    def __init__(self, config: CirkdMiniBatchConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.temperature = config.temperature
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        return cirkd_mini_batch(student, teacher, mask=mask, temperature=self.temperature)
+
+    def note(self) -> str:
+        return "pairs of the images of one process and part"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Union
+from typing import Any, Literal, Protocol, Union
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,14 @@ class Context:
         teacher: what the teacher publishes; None where there is no teacher.
         classes: number of classes; 0 where it is not known.
         class_weights: the [C] weights of a scheme of `ClassWeighting`; None for "uniform".
+        latents: the objective's `losses.latent.Latents`, of which a term may require a tap.
     """
 
     student: Taps
     teacher: Taps | None = None
     classes: int = 0
     class_weights: Callable[[str], Tensor | None] = lambda scheme: None
+    latents: Any = None
 
     def taught(self, name: str) -> Taps:
         """The teacher's taps, for the term `name`, which can't be without one."""
@@ -141,6 +143,14 @@ class Term(nn.Module):
     ) -> Tensor:
         raise TypeError(f"{type(self).__name__} does not answer forward")
 
+    def opponent(self, config: Any, total_steps: int) -> nn.Module | None:
+        """A learner that works against the student, with an optimizer of its own; most terms have none."""
+        return None
+
+    def memories(self) -> list[str]:
+        """Names of buffers that all processes write alike, as queues are."""
+        return []
+
     def note(self) -> str:
         """What the list of active terms should say besides weight, window, taps and parameters."""
         return ""
@@ -184,3 +194,12 @@ def resize(features: Tensor, size: tuple[int, int]) -> Tensor:
 def full_precision(tensor: Tensor) -> Tensor:
     """At least float32; float64 stays float64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that survives a batch of one 1×1 map, by its running statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.numel() == self.num_features:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)

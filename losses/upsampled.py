@@ -3,6 +3,7 @@
 Dimension letters: B images, C classes, R label rows of a block, K native rows under them, W label columns.
 """
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from losses.blocks import Rows, label_weight, rows_a_block, safe
 from losses.term import full_precision
+
+# The Triton kernel is off until it is asked for: it was checked against the blocks in Triton's interpreter alone.
+TRITON = os.environ.get("SEGDISTILL_TRITON") == "1"
 
 
 def upsampled_loss(
@@ -118,12 +122,21 @@ class _UpsampledLoss(torch.autograd.Function):
         kl_weights = like.new_ones(classes) if kl_class_weights is None else kl_class_weights.to(like)
         ce_weights = ce_weights / safe(ce_denominator, like)
         kl_weights = kl_weights / safe(kl_denominator, like)
+        wanted = ctx.needs_input_grad[0]
+        if in_one_kernel(student_logits):
+            from losses.upsampled_triton import value_and_gradient
+
+            taught = None if teacher_logits is None else full_precision(teacher_logits)
+            ce, kl, found = value_and_gradient(
+                student.native, taught, labels, ce_weights, kl_weights, **settings._asdict()
+            )
+            return _answer(ctx, student_logits, ce, kl, found if wanted else None, settings)
+
         ce_pixels = ce_weights[target].mul_(labelled).unsqueeze(1)  # [B, 1, H, W]
         kl_pixels = kl_weights[target].mul_(labelled).unsqueeze(1) if teacher is not None else ce_pixels
         spread = ce_weights * (settings.label_smoothing / classes) if settings.label_smoothing else None
         target = target.unsqueeze(1)
         ce, kl = (like.new_zeros((), dtype=torch.float64) for _ in range(2))
-        wanted = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(student.native) if wanted else None
 
         step = rows_a_block(batch * classes * size[1], student_logits.device)
@@ -141,18 +154,32 @@ class _UpsampledLoss(torch.autograd.Function):
             if gradient is not None:
                 gradient[:, :, rows] += student.transpose(answers.gradient(), matrix_RK)
 
-        if gradient is not None:
-            ctx.save_for_backward(torch.empty_like(student_logits).copy_(gradient))
-        loss = (settings.ce_weight * ce + settings.kl_weight * kl).to(like.dtype)
-        ce, kl = ce.to(like.dtype), kl.to(like.dtype)
-        ctx.mark_non_differentiable(ce, kl)
-        return loss, ce, kl
+        return _answer(ctx, student_logits, ce, kl, gradient, settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_loss.to(gradient.dtype), None, None, None, None, None, None, None
+
+
+def _answer(
+    ctx: Any, student_logits: Tensor, ce: Tensor, kl: Tensor, gradient: Tensor | None, settings: _Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and terms from the float64 sums; the gradient is kept for the backward pass."""
+    if gradient is not None:
+        ctx.save_for_backward(torch.empty_like(student_logits).copy_(gradient))
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    loss, ce, kl = ((settings.ce_weight * ce + settings.kl_weight * kl).to(dtype), ce.to(dtype), kl.to(dtype))
+    ctx.mark_non_differentiable(ce, kl)
+    return loss, ce, kl
+
+
+def in_one_kernel(logits: Tensor) -> bool:
+    """Whether the Triton kernel does the work: on a GPU, where it is asked for and its atomic sums may be."""
+    if not TRITON or logits.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
+        return False
+    return logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class _Answers:

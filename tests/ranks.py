@@ -12,8 +12,8 @@ from engine.run import start_accelerator
 from engine.teachers import OfflineTeacher
 from losses import DistillationLoss, LossConfig
 from losses.features import AttentionTransferConfig, FitnetConfig
+from losses.latent import AffinityConfig
 from losses.logits import KDConfig
-from losses.relations import AffinityConfig
 from losses.supervised import CrossEntropyConfig
 from models.unet import UNet
 
@@ -54,7 +54,7 @@ def gradients(output: str, accumulate: int) -> None:
         kd=KDConfig(temperature=2.0),
         attention_transfer=AttentionTransferConfig(weight=100.0, taps=["bottleneck"]),
         fitnet=FitnetConfig(weight=1.0, taps=["decoder.0", "bottleneck"], labelled_only=True),
-        affinity=AffinityConfig(weight=1.0),
+        affinity=AffinityConfig(weight=1.0, space="raw"),
     )
     weights = torch.tensor([0.5, 1.0, 2.0, 4.0])
     objective = DistillationLoss(terms, model.taps, teacher.taps, class_weights=lambda scheme: weights).double()
@@ -76,7 +76,7 @@ def gradients(output: str, accumulate: int) -> None:
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     offline = OfflineTeacher(teacher, accelerator.device, accelerator.autocast)
     torch.seed()  # whatever came before, the step has random numbers of its own
-    logged, _ = train_step(run, player, parts, 0, 10, config, offline)
+    logged, _ = train_step(run, player, parts, 0, 10, offline)
     if accelerator.is_main_process:
         untouched = all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
         result = {"gradients": found, "logged": logged, "teacher_untouched": untouched, "draw": torch.rand(3)}

@@ -34,8 +34,6 @@ class Answer:
 
 
 STUDENT_TAPS = {"a": Shape(3, 2), "b": Shape(4, 4)}
-
-STUDENT_TAPS = {"a": Shape(3, 2), "b": Shape(4, 4)}
 TEACHER_TAPS = {"a": Shape(6, 2), "b": Shape(7, 4)}
 
 
@@ -66,6 +64,38 @@ class Case:
 
 
 BOTH = {"taps": ["a", "b"]}
+TILED_EDGES = "where tiles meet there are new edges of classes"
+LATENT = {
+    "perfect": "the student's adapter is not the autoencoder's encoder",
+    "tiling": "3×3 convolutions see the border",
+}
+REGIONS = {"tiling": "a region is a share of the image, and a tiled image's is another"}
+LOCAL = {"parts": "it compares the images of a part with one another"}
+MEMORY = {
+    "perfect": "the student's embedding is behind a head of its own",
+    "doubling": "what is in the memory depends on the batch",
+    "tiling": "what is in the memory depends on the image",
+    "void": "batch-norm carries what stands at unlabelled positions",
+    "parts": "in eval its memory is empty and it is 0; with a memory it is tested apart",
+}
+GENERATED = {
+    "perfect": "the student's features go through a generator of its own",
+    "tiling": "3×3 convolutions see the border",
+}
+JUDGED = {
+    "perfect": "a critic's score has no zero",
+    "tiling": "3×3 convolutions see the border",
+}
+CONVOLVED = {"void": "3×3 convolutions and batch-norm carry what stands beside a labelled position"}
+FUSED = {
+    "perfect": "batch-norm and fusion stand before the comparison",
+    "tiling": "3×3 convolutions see the border, and the pyramid's cells grow",
+}
+GENERATED = {
+    "perfect": "the generation's ReLU and mask keep the student's map from arriving as it is",
+    "tiling": "3×3 convolutions see the border",
+}
+MASKED = dict.fromkeys(("doubling", "parts"), "each image of a batch gets a mask of its own")
 CASES: dict[str, Case] = {
     "cross_entropy": Case("cross_entropy", supervised=True),
     "cross_entropy, weighted and smoothed": Case(
@@ -74,14 +104,65 @@ CASES: dict[str, Case] = {
         supervised=True,
         excused={"perfect": "a smoothed target costs its entropy"},
     ),
+    "focal": Case("focal", supervised=True),
+    "focal, weighted": Case("focal", {"class_weights": "median", "gamma": 0.5}, supervised=True),
+    "dice": Case("dice", supervised=True),
+    "lovasz": Case("lovasz", supervised=True),
+    "ohem": Case("ohem", {"threshold": 0.1, "least": 0.3}, supervised=True),
+    "boundary": Case("boundary", {"width": 1.0}, supervised=True, excused={"tiling": TILED_EDGES}),
+    "boundary, weighted": Case(
+        "boundary",
+        {"width": 2.0, "class_weights": "median"},
+        supervised=True,
+        excused={"tiling": TILED_EDGES},
+    ),
+    "confidence_penalty": Case("confidence_penalty", supervised=True),
+    "margin": Case(
+        "margin",
+        {"margin": 1.0},
+        supervised=True,
+        excused={"perfect": "it penalises sure answers, right or wrong"},
+    ),
     "kd": Case("kd", {"temperature": 2.0}),
     "kd, weighted": Case("kd", {"class_weights": "median"}),
+    "cwd": Case("cwd"),
+    "cwd, all positions": Case("cwd", {"labelled_only": False}, void=False),
+    "cwd, features": Case("cwd", {"taps": ["logits", "a", "b"]}),
+    "dist": Case("dist", {"temperature": 2.0, "beta": 0.5}),
+    "wsl": Case("wsl"),
+    "wsl, weighted": Case("wsl", {"class_weights": "median"}),
+    "dkd": Case("dkd"),
+    "dkd, weighted": Case("dkd", {"class_weights": "median"}),
+    "logit_std": Case("logit_std"),
+    "logit_std, weighted": Case("logit_std", {"class_weights": "median"}),
+    "bpkd": Case("bpkd", {"edge_width": 3}, excused={"tiling": TILED_EDGES}),
+    "bpkd, weighted": Case("bpkd", {"edge_width": 3, "class_weights": "median"}, excused={"tiling": TILED_EDGES}),
     "attention_transfer": Case("attention_transfer", BOTH, void=False, tiling=1 / 6),  # of unit norm over space
     "attention_transfer, labelled": Case("attention_transfer", {**BOTH, "labelled_only": True}, tiling=1 / 6),
     "fitnet": Case("fitnet", BOTH, void=False),
     "fitnet, labelled": Case("fitnet", {**BOTH, "labelled_only": True}),
-    "affinity": Case("affinity", BOTH, void=False),
-    "affinity, labelled": Case("affinity", {**BOTH, "labelled_only": True}),
+    "review": Case("review", BOTH, void=False, excused=FUSED),
+    "review, one pair, labelled": Case(
+        "review", {"taps": ["b:a"], "labelled_only": True}, reaches=("b",), excused=FUSED | CONVOLVED
+    ),
+    "mgd": Case("mgd", BOTH, void=False, excused=GENERATED | MASKED),
+    "mgd, nothing masked": Case("mgd", {**BOTH, "mask_ratio": 0.0}, void=False, excused=GENERATED),
+    "mgd, labelled": Case("mgd", {**BOTH, "labelled_only": True}, excused=GENERATED | MASKED | CONVOLVED),
+    "affinity": Case("affinity", {**BOTH, "space": "raw"}, void=False),
+    "affinity, labelled": Case("affinity", {**BOTH, "space": "raw", "labelled_only": True}),
+    "affinity, latent": Case("affinity", BOTH, void=False, excused=LATENT),
+    "pairwise": Case("pairwise", BOTH, void=False, excused=REGIONS),
+    "pairwise, labelled": Case("pairwise", {**BOTH, "labelled_only": True}, excused=REGIONS),
+    "ifvd": Case("ifvd", BOTH),
+    "cirkd_mini_batch": Case("cirkd_mini_batch", BOTH, void=False, excused=LOCAL),
+    "cirkd_mini_batch, labelled": Case("cirkd_mini_batch", {**BOTH, "labelled_only": True}, excused=LOCAL),
+    "cirkd_memory": Case("cirkd_memory", {"taps": ["b"]}, excused=MEMORY),
+    "af_dcd": Case(
+        "af_dcd", {"taps": ["a"], "mask_ratio": 0.0, "groups": 3, "pool": 2}, void=False, excused=GENERATED
+    ),
+    "holistic": Case("holistic", {"critic_width": 4}, void=False, excused=JUDGED),
+    "kta": Case("kta", BOTH, void=False, excused=LATENT),
+    "kta, labelled": Case("kta", {**BOTH, "labelled_only": True}, excused=LATENT | CONVOLVED),
 }
 
 
@@ -91,13 +172,26 @@ def names(test: str) -> list[str]:
 
 
 def objective(name: str, student: Any = STUDENT_TAPS, teacher: Any = TEACHER_TAPS) -> DistillationLoss:
-    """The objective of one case, its weight 1, its parameters from a fixed seed."""
+    """The objective of one case, its weight 1, its parameters and its draws from fixed seeds."""
     case = CASES[name]
     config = LossConfig(**({"cross_entropy": None} | {case.name: CONFIGS[case.name](weight=1.0, **case.options)}))
     torch.manual_seed(0)
-    return DistillationLoss(
+    made = DistillationLoss(
         config, student, teacher, classes=CLASSES, class_weights=lambda scheme: WEIGHTS, total_steps=10
     )
+    return stepped(made)
+
+
+def stepped(made: DistillationLoss) -> DistillationLoss:
+    """Called as the loop does: with the step's seed set, and images, here of the labels."""
+
+    def hook(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        torch.manual_seed(1)
+        images = torch.stack([(arguments[2] + i).float().sin() for i in range(3)], 1)
+        return arguments, {"images": images} | options
+
+    made.register_forward_pre_hook(hook, with_kwargs=True)
+    return made
 
 
 def answers(

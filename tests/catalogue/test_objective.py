@@ -11,8 +11,8 @@ from plain import eager
 from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
 from losses.features import AttentionTransferConfig, FitnetConfig, attention_transfer
+from losses.latent import AffinityConfig
 from losses.logits import KDConfig
-from losses.relations import AffinityConfig
 from losses.supervised import CrossEntropyConfig
 from losses.term import TermConfig
 
@@ -23,7 +23,7 @@ def test_objective_is_the_weighted_sum() -> None:
         cross_entropy=CrossEntropyConfig(weight=0.5, class_weights="median"),
         kd=KDConfig(weight=2.0, temperature=3.0),
         attention_transfer=AttentionTransferConfig(weight=100.0, taps=["a", "b"]),
-        affinity=AffinityConfig(taps=["b:a"]),
+        affinity=AffinityConfig(taps=["b:a"], space="raw"),
     )
     total = DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS, class_weights=lambda scheme: WEIGHTS)
     assert total.student_taps == ["a", "b"]

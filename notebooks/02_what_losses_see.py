@@ -1,0 +1,155 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What the losses see
+#
+# Each term of the catalogue looks at something else. This notebook takes a teacher, a student and one scene, and
+# draws what the terms compare there, so that one sees where each would send its gradient. `make demo` makes the two
+# runs that it takes by default; `RUNS` names another folder with a `teacher` in it, `SCENE` another scene.
+
+# %%
+import os
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+
+HOUSE = Path.cwd() if Path("train_teacher.py").exists() else Path.cwd().parent
+sys.path.insert(0, str(HOUSE))
+from data import IGNORE_INDEX, DataConfig, build_dataset
+from data.transforms import MEAN, STD
+from evaluation.pictures import denormalise, error_map, overlay
+from losses.relations import labels_at, unit_vectors
+from losses.supervised import boundary_weight
+from models import load_model
+
+RUNS = Path(os.environ.get("RUNS", HOUSE / "runs" / "demo"))
+SCENE = int(os.environ.get("SCENE", "0"))
+others = sorted(p.parent.name for p in RUNS.glob("*/results.json") if p.parent.name != "teacher")
+assert others, f"{RUNS}: no runs; call `make demo`, or set RUNS to a folder of runs"
+teacher, student = load_model(RUNS / "teacher/best").eval(), load_model(RUNS / others[0] / "best").eval()
+
+config = OmegaConf.load(RUNS / "teacher/config.yaml")
+data = build_dataset(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.data)), "val")
+batch = next(iter(data.eval_loader(rank=0, world_size=max(1, len(data) - SCENE), workers=0)))
+image, labels = denormalise(batch.images[0], MEAN, STD), batch.labels
+
+# %%
+TAP, DEEP = list(student.taps)[-1], "bottleneck"
+with torch.no_grad():
+    ours, theirs = (model(batch.images, [TAP, DEEP]) for model in (student, teacher))
+s, t = (F.interpolate(x.logits, labels.shape[-2:], mode="bilinear", align_corners=False) for x in (ours, theirs))
+labelled = labels != IGNORE_INDEX
+target = torch.where(labelled, labels, 0)
+colours = data.labels.colours
+
+
+def only(values: torch.Tensor) -> np.ndarray:
+    """One map [1, H, W] as an array, unlabelled pixels left out."""
+    values = torch.where(labelled, values.float(), torch.nan) if values.shape == labels.shape else values
+    return values[0].numpy()
+
+
+# %% [markdown]
+# ## Per pixel
+#
+# `kd` where the distributions differ; `wsl` how much of that it keeps (nothing where the student already does
+# better than the teacher); `dist` where the classes' proportions differ; `confidence_penalty` the teacher's entropy;
+# `ohem` the pixels that it keeps; `boundary` its weights.
+
+# %%
+temperature = 2.0
+log_p, log_q = F.log_softmax(s / temperature, 1), F.log_softmax(t / temperature, 1)
+kd = temperature**2 * (log_q.exp() * (log_q - log_p)).sum(1)
+cost_s, cost_t = (F.cross_entropy(x, target, reduction="none") for x in (s, t))
+wsl = -torch.expm1(-cost_s / (cost_t + 1e-7))
+p, q = s.softmax(1), t.softmax(1)
+p, q = (x - x.mean(1, keepdim=True) for x in (p, q))
+dist = 1 - F.cosine_similarity(p, q, dim=1)
+entropy = -(t.softmax(1) * F.log_softmax(t, 1)).sum(1)
+pictures = {
+    "scene": image,
+    "labels": overlay(image, labels[0], colours),
+    "teacher's errors": error_map(t[0].argmax(0), labels[0], image),
+    "student's errors": error_map(s[0].argmax(0), labels[0], image),
+    "kd: T² KL": only(kd.sqrt()),
+    "wsl: weight": only(wsl),
+    "dist: 1 - correlation over classes": only(dist),
+    "confidence_penalty: the teacher's entropy": only(entropy),
+    "ohem: p < 0.7": only((cost_s > -np.log(0.7)).float()),
+    "boundary: weight": only(boundary_weight(labels, 10.0, 5.0)),
+}
+
+# %% [markdown]
+# ## Per map
+#
+# `cwd` the teacher's softmax over space of one class; `attention_transfer` the energy of both models' features;
+# `affinity` how like one position (the star) all others are; `ifvd` how like its class's mean each position is.
+
+
+# %%
+def similarity_to(features: torch.Tensor, row: int, column: int) -> np.ndarray:
+    height, width = features.shape[-2:]
+    unit = unit_vectors(features)[0]
+    return (unit.T @ unit[:, row * width + column]).view(height, width).numpy()
+
+
+def to_class_mean(features: torch.Tensor) -> np.ndarray:
+    size = (features.shape[-2], features.shape[-1])
+    classes, flat = labels_at(labels, size)[0].flatten(), features[0].flatten(1)
+    found = torch.full((flat.shape[1],), torch.nan)
+    for one in classes[classes != IGNORE_INDEX].unique():
+        inside = classes == one
+        found[inside] = F.cosine_similarity(flat[:, inside], flat[:, inside].mean(1, keepdim=True), dim=0)
+    return found.view(size).numpy()
+
+
+present = torch.bincount(target[labelled], minlength=len(data.labels.names))
+thing = int((present * (present < 0.1 * present.sum())).argmax())
+height, width = ours.features[TAP].shape[-2:]
+spot = divmod(int((labels_at(labels, (height, width))[0] == thing).flatten().float().argmax()), width)
+pictures[f"cwd: where the teacher sees {data.labels.names[thing]}"] = (
+    (t[0, thing] / 4).flatten().softmax(0).view(t.shape[-2:]).numpy()
+)
+for name, answer in (("teacher", theirs), ("student", ours)):
+    features = F.interpolate(answer.features[TAP], (height, width), mode="bilinear", align_corners=False)
+    pictures[f"attention_transfer: {name}"] = features[0].square().mean(0).sqrt().numpy()
+    pictures[f"affinity: {name}, to ★"] = similarity_to(features, *spot)
+    pictures[f"ifvd: {name}"] = to_class_mean(features)
+
+# %%
+columns = 4
+rows = -(-len(pictures) // columns)
+tall = 4.2 * image.shape[0] / image.shape[1] + 0.35
+figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, tall * rows), constrained_layout=True)
+for axis in axes.flat:
+    axis.axis("off")
+for axis, (title, picture) in zip(axes.flat, pictures.items(), strict=False):
+    axis.imshow(picture, cmap=None if picture.ndim == 3 else "magma", interpolation="nearest")
+    axis.set_title(title, fontsize=10)
+    if "★" in title:
+        axis.plot(spot[1], spot[0], marker="*", color="cyan", markersize=9)
+plt.show()
+
+# %% [markdown]
+# The same picture as a file, for a document: set `PICTURE` to its path.
+
+# %%
+if "PICTURE" in os.environ:
+    figure.savefig(os.environ["PICTURE"], dpi=60)
