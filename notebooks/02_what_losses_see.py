@@ -16,8 +16,8 @@
 # # What the losses see
 #
 # Each term of the catalogue looks at something else. This notebook takes a teacher, a student and one scene, and
-# draws what the terms compare there, so that one sees where each would send its gradient. `make demo` makes the two
-# runs that it takes by default; `RUNS` names another folder with a `teacher` in it, `SCENE` another scene.
+# draws what the terms compare there, so that one sees where each would send its gradient. `make demo` makes the
+# two runs that it takes by default; `RUNS` names another folder with a `teacher` in it, `SCENE` another scene.
 
 # %%
 import os
@@ -33,10 +33,11 @@ from omegaconf import OmegaConf
 HOUSE = Path.cwd() if Path("train_teacher.py").exists() else Path.cwd().parent
 sys.path.insert(0, str(HOUSE))
 from data import IGNORE_INDEX, DataConfig, build_dataset
-from data.transforms import MEAN, STD
 from evaluation.pictures import denormalise, error_map, overlay
+from losses.logits import bpkd
 from losses.relations import labels_at, unit_vectors
-from losses.supervised import boundary_weight
+from losses.supervised import boundary_weight, lovasz
+from losses.term import resize
 from models import load_model
 
 RUNS = Path(os.environ.get("RUNS", HOUSE / "runs" / "demo"))
@@ -47,8 +48,9 @@ teacher, student = load_model(RUNS / "teacher/best").eval(), load_model(RUNS / o
 
 config = OmegaConf.load(RUNS / "teacher/config.yaml")
 data = build_dataset(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.data)), "val")
-batch = next(iter(data.eval_loader(rank=0, world_size=max(1, len(data) - SCENE), workers=0)))
-image, labels = denormalise(batch.images[0], MEAN, STD), batch.labels
+assert len(data) > SCENE, f"SCENE={SCENE}: there are {len(data)} scenes"
+batch = next(iter(data.eval_loader(rank=SCENE, world_size=len(data))))
+image, labels = denormalise(batch.images[0], config.data.mean, config.data.std), batch.labels
 
 # %%
 TAP, DEEP = list(student.taps)[-1], "bottleneck"
@@ -70,8 +72,8 @@ def only(values: torch.Tensor) -> np.ndarray:
 # ## Per pixel
 #
 # `kd` where the distributions differ; `wsl` how much of that it keeps (nothing where the student already does
-# better than the teacher); `dist` where the classes' proportions differ; `confidence_penalty` the teacher's entropy;
-# `ohem` the pixels that it keeps; `boundary` its weights.
+# better than the teacher); `dist` where the classes' proportions differ; `confidence_penalty` the teacher's
+# entropy; `ohem` the pixels that it keeps; `boundary` its weights.
 
 # %%
 temperature = 2.0
@@ -92,15 +94,16 @@ pictures = {
     "wsl: weight": only(wsl),
     "dist: 1 - correlation over classes": only(dist),
     "confidence_penalty: the teacher's entropy": only(entropy),
-    "ohem: p < 0.7": only((cost_s > -np.log(0.7)).float()),
+    "ohem: cost of what is kept": only(torch.where(cost_s > -np.log(0.7), cost_s, 0.0)),
     "boundary: weight": only(boundary_weight(labels, 10.0, 5.0)),
 }
 
 # %% [markdown]
 # ## Per map
 #
-# `cwd` the teacher's softmax over space of one class; `attention_transfer` the energy of both models' features;
-# `affinity` how like one position (the star) all others are; `ifvd` how like its class's mean each position is.
+# `cwd` the softmax over space of one class; `attention_transfer` the energy of both models' features; `affinity`
+# how like one position (the star) all others are; `ifvd` how like its class's mean each position is. Of `lovasz`
+# and `bpkd`, which have no such map, where their gradient goes.
 
 
 # %%
@@ -124,14 +127,20 @@ present = torch.bincount(target[labelled], minlength=len(data.labels.names))
 thing = int((present * (present < 0.1 * present.sum())).argmax())
 height, width = ours.features[TAP].shape[-2:]
 spot = divmod(int((labels_at(labels, (height, width))[0] == thing).flatten().float().argmax()), width)
-pictures[f"cwd: where the teacher sees {data.labels.names[thing]}"] = (
-    (t[0, thing] / 4).flatten().softmax(0).view(t.shape[-2:]).numpy()
-)
-for name, answer in (("teacher", theirs), ("student", ours)):
-    features = F.interpolate(answer.features[TAP], (height, width), mode="bilinear", align_corners=False)
+models = {"teacher": theirs.features[TAP], "student": ours.features[TAP]}
+for name, logits in (("teacher", t), ("student", s)):
+    where = (logits[0, thing] / 4).flatten().softmax(0).view(logits.shape[-2:])
+    pictures[f"cwd: {data.labels.names[thing]}, {name}"] = where.numpy()
+for name, features in models.items():
     pictures[f"attention_transfer: {name}"] = features[0].square().mean(0).sqrt().numpy()
-    pictures[f"affinity: {name}, to ★"] = similarity_to(features, *spot)
+for name, features in models.items():
+    pictures[f"affinity: {name}, to ★"] = similarity_to(resize(features, (height, width)), *spot)
+for name, features in models.items():
     pictures[f"ifvd: {name}"] = to_class_mean(features)
+leaf = ours.logits.clone().requires_grad_()
+for name, loss in (("lovasz", lovasz(leaf, labels)), ("bpkd", bpkd(leaf, theirs.logits, labels))):
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    pictures[f"{name}: gradient"] = gradient[0].norm(dim=0).sqrt().numpy()
 
 # %%
 columns = 4
