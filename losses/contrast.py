@@ -29,7 +29,7 @@ from losses.term import (
 
 
 @dataclass
-class CirkdMemoryConfig(TermConfig):
+class CIRKDMemoryConfig(TermConfig):
     """CIRKD with a memory (Yang et al. 2022): similarities to embeddings of the teacher from many batches."""
 
     weight: float = 0.1
@@ -166,7 +166,7 @@ def gather(tensors: Sequence[Tensor]) -> list[Tensor]:
     return gathered
 
 
-class CirkdMemory(Term):
+class CIRKDMemory(Term):
     """Mean over images of the mean over labelled positions of `T² KL(p_t || p_s)`, to pixels, and so to regions.
 
     `p = softmax(cos(f, keys) / contrast_temperature / T)` over keys drawn from a memory of the teacher's
@@ -188,7 +188,7 @@ class CirkdMemory(Term):
     depends on what is in the memory and on chance, so parts of a batch don't add up to the batch.
     """
 
-    def __init__(self, config: CirkdMemoryConfig, context: Context) -> None:
+    def __init__(self, config: CIRKDMemoryConfig, context: Context) -> None:
         super().__init__()
         self.config, self.classes = config, context.classes
         self.pairs = pair_taps("cirkd_memory", config.taps, context)
@@ -261,7 +261,7 @@ class CirkdMemory(Term):
 
 
 @dataclass
-class AfDcdConfig(TermConfig):
+class AfDCDConfig(TermConfig):
     """Augmentation-free dense contrastive distillation (Fan et al. 2023): a patch's pieces against one another."""
 
     taps: list[str] = field(default_factory=lambda: ["bottleneck"])
@@ -358,7 +358,7 @@ class _PatchContrast(torch.autograd.Function):
         return gradient * grad_loss, None, None, None
 
 
-class AfDcd(Term):
+class AfDCD(Term):
     """`af_dcd` between the teacher's features and those generated from the student's, and their squared error.
 
     The student's map goes through a 1×1 convolution to the teacher's width, random positions are blanked, and two
@@ -368,7 +368,7 @@ class AfDcd(Term):
     widths are equal. All positions count, labelled or not.
     """
 
-    def __init__(self, config: AfDcdConfig, context: Context) -> None:
+    def __init__(self, config: AfDCDConfig, context: Context) -> None:
         super().__init__()
         self.config = config
         self.pairs = pair_taps("af_dcd", config.taps, context)

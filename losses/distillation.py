@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from errors import ConfigurationError
 from losses.adversarial import Holistic, HolisticConfig
 from losses.blocks import PixelTerm
-from losses.contrast import AfDcd, AfDcdConfig, CirkdMemory, CirkdMemoryConfig
+from losses.contrast import AfDCD, AfDCDConfig, CIRKDMemory, CIRKDMemoryConfig
 from losses.features import (
     MGD,
     AttentionTransfer,
@@ -23,29 +23,30 @@ from losses.features import (
 )
 from losses.latent import KTA, Affinity, AffinityConfig, AutoencoderConfig, KTAConfig, Latents
 from losses.logits import (
-    Bpkd,
-    BpkdConfig,
-    Cwd,
-    CwdConfig,
-    Dist,
-    DistConfig,
-    Dkd,
-    DkdConfig,
+    BPKD,
+    CWD,
+    DIST,
+    DKD,
+    WSL,
+    BPKDConfig,
+    CWDConfig,
+    DISTConfig,
+    DKDConfig,
     KDConfig,
     LogitStd,
     LogitStdConfig,
-    Wsl,
-    WslConfig,
+    WSLConfig,
 )
 from losses.relations import (
     IFVD,
-    CirkdMiniBatch,
-    CirkdMiniBatchConfig,
+    CIRKDMiniBatch,
+    CIRKDMiniBatchConfig,
     IFVDConfig,
     Pairwise,
     PairwiseConfig,
 )
 from losses.supervised import (
+    OHEM,
     Boundary,
     BoundaryConfig,
     ConfidencePenalty,
@@ -59,8 +60,7 @@ from losses.supervised import (
     LovaszConfig,
     Margin,
     MarginConfig,
-    Ohem,
-    OhemConfig,
+    OHEMConfig,
 )
 from losses.term import Context, ModelOutput, Taps, Term, TermConfig
 from losses.upsampled import upsampled_loss
@@ -78,7 +78,7 @@ class LossConfig:
     """Soft Dice."""
     lovasz: LovaszConfig | None = None
     """Lovász-softmax."""
-    ohem: OhemConfig | None = None
+    ohem: OHEMConfig | None = None
     """Cross-entropy of the hardest pixels."""
     boundary: BoundaryConfig | None = None
     """Cross-entropy with more weight near boundaries."""
@@ -88,17 +88,17 @@ class LossConfig:
     """Margin-based label smoothing, for teachers of high entropy."""
     kd: KDConfig | None = None
     """Knowledge distillation of logits."""
-    cwd: CwdConfig | None = None
+    cwd: CWDConfig | None = None
     """Channel-wise distillation."""
-    dist: DistConfig | None = None
+    dist: DISTConfig | None = None
     """DIST: correlations in place of a divergence."""
-    wsl: WslConfig | None = None
+    wsl: WSLConfig | None = None
     """Weighted soft labels."""
-    dkd: DkdConfig | None = None
+    dkd: DKDConfig | None = None
     """Decoupled distillation."""
     logit_std: LogitStdConfig | None = None
     """Logit standardisation."""
-    bpkd: BpkdConfig | None = None
+    bpkd: BPKDConfig | None = None
     """Boundary-privileged distillation."""
     attention_transfer: AttentionTransferConfig | None = None
     """Attention transfer."""
@@ -116,11 +116,11 @@ class LossConfig:
     """Affinity of a few max-pooled regions."""
     ifvd: IFVDConfig | None = None
     """How like its class's mean feature each position is."""
-    cirkd_mini_batch: CirkdMiniBatchConfig | None = None
+    cirkd_mini_batch: CIRKDMiniBatchConfig | None = None
     """Similarities across the images of a batch."""
-    cirkd_memory: CirkdMemoryConfig | None = None
+    cirkd_memory: CIRKDMemoryConfig | None = None
     """Similarities to a memory of the teacher's embeddings."""
-    af_dcd: AfDcdConfig | None = None
+    af_dcd: AfDCDConfig | None = None
     """Dense contrast of patches of channels and positions."""
     holistic: HolisticConfig | None = None
     """A critic of image and score map."""
@@ -139,16 +139,16 @@ TERMS: dict[type[TermConfig], Callable[[Any, Context], Term]] = {
     FocalConfig: Focal,
     DiceConfig: Dice,
     LovaszConfig: Lovasz,
-    OhemConfig: Ohem,
+    OHEMConfig: OHEM,
     BoundaryConfig: Boundary,
     ConfidencePenaltyConfig: ConfidencePenalty,
     MarginConfig: Margin,
-    CwdConfig: Cwd,
-    DistConfig: Dist,
-    WslConfig: Wsl,
-    DkdConfig: Dkd,
+    CWDConfig: CWD,
+    DISTConfig: DIST,
+    WSLConfig: WSL,
+    DKDConfig: DKD,
     LogitStdConfig: LogitStd,
-    BpkdConfig: Bpkd,
+    BPKDConfig: BPKD,
     AttentionTransferConfig: AttentionTransfer,
     FitnetConfig: Fitnet,
     ReviewConfig: Review,
@@ -157,9 +157,9 @@ TERMS: dict[type[TermConfig], Callable[[Any, Context], Term]] = {
     AffinityConfig: Affinity,
     PairwiseConfig: Pairwise,
     IFVDConfig: IFVD,
-    CirkdMiniBatchConfig: CirkdMiniBatch,
-    CirkdMemoryConfig: CirkdMemory,
-    AfDcdConfig: AfDcd,
+    CIRKDMiniBatchConfig: CIRKDMiniBatch,
+    CIRKDMemoryConfig: CIRKDMemory,
+    AfDCDConfig: AfDCD,
     HolisticConfig: Holistic,
 }
 

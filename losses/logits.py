@@ -75,7 +75,7 @@ class KDConfig(SoftTermConfig):
 
 
 @dataclass
-class CwdConfig(FeatureTermConfig):
+class CWDConfig(FeatureTermConfig):
     """Channel-wise distillation (Shu et al. 2021): where in the image each channel is strong."""
 
     weight: float = 3.0
@@ -93,7 +93,7 @@ class CwdConfig(FeatureTermConfig):
 
 
 @dataclass
-class DistConfig(TermConfig):
+class DISTConfig(TermConfig):
     """DIST (Huang et al. 2022): correlations over the classes and over the pixels in place of a divergence."""
 
     temperature: float = 1.0
@@ -110,7 +110,7 @@ class DistConfig(TermConfig):
 
 
 @dataclass
-class WslConfig(SoftTermConfig):
+class WSLConfig(SoftTermConfig):
     """Weighted soft labels (Zhou et al. 2021): distillation where the student is worse than its teacher."""
 
     weight: float = 2.25
@@ -120,7 +120,7 @@ class WslConfig(SoftTermConfig):
 
 
 @dataclass
-class DkdConfig(SoftTermConfig):
+class DKDConfig(SoftTermConfig):
     """Decoupled distillation (Zhao et al. 2022): target class against the rest, and the rest among themselves."""
 
     temperature: float = 4.0
@@ -146,7 +146,7 @@ class LogitStdConfig(SoftTermConfig):
 
 
 @dataclass
-class BpkdConfig(SoftTermConfig):
+class BPKDConfig(SoftTermConfig):
     """Boundary-privileged distillation (Liu et al. 2024): the edges of each class apart from its body."""
 
     temperature: float = 4.0
@@ -597,7 +597,7 @@ class SoftTerm(PixelTerm):
         self.temperature = config.temperature
 
 
-class Wsl(SoftTerm):
+class WSL(SoftTerm):
     """`wsl` of the labelled pixels."""
 
     def pixels(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
@@ -605,10 +605,10 @@ class Wsl(SoftTerm):
         return _weighted_divergence(student, teacher, labels, self.temperature)
 
 
-class Dkd(SoftTerm):
+class DKD(SoftTerm):
     """`dkd` of the labelled pixels."""
 
-    def __init__(self, config: DkdConfig, context: Context) -> None:
+    def __init__(self, config: DKDConfig, context: Context) -> None:
         super().__init__(config, context)
         self.alpha, self.beta = config.alpha, config.beta
 
@@ -625,10 +625,10 @@ class LogitStd(SoftTerm):
         return _divergence(_standardised(student), _standardised(teacher), self.temperature)
 
 
-class Dist(ImageTerm):
+class DIST(ImageTerm):
     """`dist` over the labelled pixels of each image."""
 
-    def __init__(self, config: DistConfig, context: Context) -> None:
+    def __init__(self, config: DISTConfig, context: Context) -> None:
         super().__init__(config, context)
         context.taught("dist")
         self.temperature, self.beta, self.gamma = config.temperature, config.beta, config.gamma
@@ -645,12 +645,12 @@ class Dist(ImageTerm):
         )
 
 
-class Bpkd(ImageTerm):
+class BPKD(ImageTerm):
     """`bpkd` over the labelled pixels of each image; edges and bodies have their own denominators in each."""
 
     class_weights: Tensor | None
 
-    def __init__(self, config: BpkdConfig, context: Context) -> None:
+    def __init__(self, config: BPKDConfig, context: Context) -> None:
         super().__init__(config, context)
         context.taught("bpkd")
         self.config = config
@@ -670,14 +670,14 @@ class Bpkd(ImageTerm):
         )
 
 
-class Cwd(Term):
+class CWD(Term):
     """`channel_wise` over the configured pairs: their mean.
 
     The logits are compared at label size. Features are compared at the student's resolution, the student's behind
     a learned 1×1 convolution to the teacher's width (without a bias, which a softmax over space does not see).
     """
 
-    def __init__(self, config: CwdConfig, context: Context) -> None:
+    def __init__(self, config: CWDConfig, context: Context) -> None:
         super().__init__()
         teacher = context.taught("cwd")
         features = [tap for tap in config.taps if tap != "logits"]

@@ -65,7 +65,7 @@ class IFVDConfig(TermConfig):
 
 
 @dataclass
-class CirkdMiniBatchConfig(FeatureTermConfig):
+class CIRKDMiniBatchConfig(FeatureTermConfig):
     """CIRKD within a batch (Yang et al. 2022): similarity of each position with all of every image, as a KL."""
 
     temperature: float = 0.1
@@ -371,14 +371,14 @@ class _RowDivergence(torch.autograd.Function):
         return *scaled, *[None] * 6
 
 
-class CirkdMiniBatch(FeatureTerm):
+class CIRKDMiniBatch(FeatureTerm):
     """`cirkd_mini_batch` over the configured pairs.
 
     It sees the images of one process and one accumulated part, as the authors' code does: splitting a batch
     changes which pairs there are.
     """
 
-    def __init__(self, config: CirkdMiniBatchConfig, context: Context) -> None:
+    def __init__(self, config: CIRKDMiniBatchConfig, context: Context) -> None:
         super().__init__(config, context)
         self.temperature = config.temperature
 

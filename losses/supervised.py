@@ -54,7 +54,7 @@ class LovaszConfig(TermConfig):
 
 
 @dataclass
-class OhemConfig(TermConfig):
+class OHEMConfig(TermConfig):
     """Cross-entropy of the hardest pixels of each image alone (Shrivastava et al. 2016)."""
 
     threshold: float = 0.7
@@ -437,10 +437,10 @@ class Lovasz(ImageTerm):
         return lovasz(student, labels)
 
 
-class Ohem(ImageTerm):
+class OHEM(ImageTerm):
     """`ohem`."""
 
-    def __init__(self, config: OhemConfig, context: Context) -> None:
+    def __init__(self, config: OHEMConfig, context: Context) -> None:
         super().__init__(config, context)
         self.threshold, self.least = config.threshold, config.least
 

@@ -117,8 +117,9 @@ class FeatureTermConfig(TermConfig):
 
 
 def term_name(config: type) -> str:
-    """`AttentionTransferConfig` -> `attention_transfer`, `KDConfig` -> `kd`: the key under `losses`."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", config.__name__.removesuffix("Config")).lower()
+    """The key under `losses`: `kd` of `KDConfig`, `cirkd_memory` of `CIRKDMemoryConfig`."""
+    words = r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])"
+    return re.sub(words, "_", config.__name__.removesuffix("Config")).lower()
 
 
 class Term(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig, relations
-from losses.contrast import AfDcdConfig, CirkdMemory, CirkdMemoryConfig, Queue, af_dcd, sample_keys
+from losses.contrast import AfDCDConfig, CIRKDMemory, CIRKDMemoryConfig, Queue, af_dcd, sample_keys
 from losses.term import Context
 
 # ----------------------------------------------------------------------------------------------------- the queue
@@ -115,13 +115,13 @@ def test_keys_are_of_their_class() -> None:
 # ------------------------------------------------------------------------------------------------------- the term
 
 
-def memory(**options: Any) -> CirkdMemory:
+def memory(**options: Any) -> CIRKDMemory:
     torch.manual_seed(0)
-    config = CirkdMemoryConfig(**({"taps": ["b"], "pixel_memory": 6, "region_memory": 4} | options))
-    return CirkdMemory(config, Context(STUDENT_TAPS, TEACHER_TAPS, CLASSES)).double()
+    config = CIRKDMemoryConfig(**({"taps": ["b"], "pixel_memory": 6, "region_memory": 4} | options))
+    return CIRKDMemory(config, Context(STUDENT_TAPS, TEACHER_TAPS, CLASSES)).double()
 
 
-def filled(**options: Any) -> CirkdMemory:
+def filled(**options: Any) -> CIRKDMemory:
     """In eval mode, with something in its memory, of which all is drawn: nothing is left to chance."""
     term = memory(pixel_contrast=1000, region_contrast=1000, **options).eval()
     for queue, number in ((term.pixels, 17), (term.regions, 7)):
@@ -130,7 +130,7 @@ def filled(**options: Any) -> CirkdMemory:
     return term
 
 
-def direct(term: CirkdMemory, student: Answer, teacher: Answer, labels: Tensor) -> Tensor:
+def direct(term: CIRKDMemory, student: Answer, teacher: Answer, labels: Tensor) -> Tensor:
     """Image by image, with what the queues hold."""
     config = term.config
     stride = labels.shape[-1] // student.features["b"].shape[-1]
@@ -221,7 +221,7 @@ def test_memory_is_restored_exactly() -> None:
     student, teacher, labels = answers(dtype=torch.float32)
     denominator = torch.tensor(2.0)
 
-    def step(term: CirkdMemory, number: int) -> Tensor:
+    def step(term: CIRKDMemory, number: int) -> Tensor:
         torch.manual_seed(number)
         return term(student, teacher, labels.roll(number, 2), denominator).detach()
 
@@ -236,7 +236,7 @@ def test_memory_is_restored_exactly() -> None:
 def test_memory_names_its_buffers_and_its_size() -> None:
     """The objective's names of them are names of its buffers."""
     taps = {"a": Shape(256, 4)}
-    config = LossConfig(cirkd_memory=CirkdMemoryConfig(taps=["a"]))
+    config = LossConfig(cirkd_memory=CIRKDMemoryConfig(taps=["a"]))
     objective = DistillationLoss(config, taps, taps, classes=19)
     buffers = dict(objective.named_buffers())
     assert {name.rpartition(".")[2] for name in objective.memories} == {"keys", "pointer", "filled"}
@@ -321,12 +321,12 @@ def test_af_dcd_pools_and_cuts() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CirkdMemoryConfig(taps=["a", "b"]), "losses.cirkd_memory.taps: 2 taps; name one"),
-        (lambda: CirkdMemoryConfig(pixel_memory=0), "losses.cirkd_memory.pixel_memory: 0 is too small"),
-        (lambda: CirkdMemoryConfig(temperature=0.0), "losses.cirkd_memory.temperature: 0.0 is not positive"),
-        (lambda: AfDcdConfig(taps=[]), "losses.af_dcd.taps: empty"),
-        (lambda: AfDcdConfig(mask_ratio=1.0), "losses.af_dcd.mask_ratio: 1.0 is not in"),
-        (lambda: AfDcdConfig(groups=1), "losses.af_dcd: groups must be 2 or more"),
+        (lambda: CIRKDMemoryConfig(taps=["a", "b"]), "losses.cirkd_memory.taps: 2 taps; name one"),
+        (lambda: CIRKDMemoryConfig(pixel_memory=0), "losses.cirkd_memory.pixel_memory: 0 is too small"),
+        (lambda: CIRKDMemoryConfig(temperature=0.0), "losses.cirkd_memory.temperature: 0.0 is not positive"),
+        (lambda: AfDCDConfig(taps=[]), "losses.af_dcd.taps: empty"),
+        (lambda: AfDCDConfig(mask_ratio=1.0), "losses.af_dcd.mask_ratio: 1.0 is not in"),
+        (lambda: AfDCDConfig(groups=1), "losses.af_dcd: groups must be 2 or more"),
     ],
 )
 def test_mistakes(make: Callable[[], object], message: str) -> None:
@@ -335,9 +335,9 @@ def test_mistakes(make: Callable[[], object], message: str) -> None:
 
 
 def test_what_the_models_must_be() -> None:
-    config = LossConfig(cirkd_memory=CirkdMemoryConfig(taps=["b"]))
+    config = LossConfig(cirkd_memory=CIRKDMemoryConfig(taps=["b"]))
     with pytest.raises(ConfigurationError, match="losses.cirkd_memory: needs the number of classes"):
         DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS)
-    config = LossConfig(af_dcd=AfDcdConfig(taps=["b"]))
+    config = LossConfig(af_dcd=AfDCDConfig(taps=["b"]))
     with pytest.raises(ConfigurationError, match="losses.af_dcd.groups: 16 is no divisor of the 7 channels"):
         DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS)

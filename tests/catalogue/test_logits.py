@@ -14,12 +14,12 @@ from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig, blocks
 from losses.features import attention_transfer, fitnet
 from losses.logits import (
-    BpkdConfig,
-    CwdConfig,
-    DistConfig,
-    DkdConfig,
+    BPKDConfig,
+    CWDConfig,
+    DISTConfig,
+    DKDConfig,
     LogitStdConfig,
-    WslConfig,
+    WSLConfig,
     bpkd,
     channel_wise,
     dist,
@@ -391,7 +391,7 @@ def test_bpkd_edges() -> None:
 def test_cwd_of_features() -> None:
     """Projected to the teacher's width first, the mean over whose channels it is; positions by nearest label."""
     student, teacher, labels = answers()
-    config = LossConfig(cross_entropy=None, cwd=CwdConfig(weight=1.0, taps=["b"], temperature=2.0))
+    config = LossConfig(cross_entropy=None, cwd=CWDConfig(weight=1.0, taps=["b"], temperature=2.0))
     term = DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS, classes=CLASSES).double()
     loss, _ = term(student, teacher, labels)
     adapter = term.terms["cwd"].adapters[0]
@@ -412,7 +412,7 @@ def test_cwd_of_logits_and_features_is_their_mean() -> None:
     values = []
     for taps in (["logits"], ["b"], ["logits", "b"]):
         torch.manual_seed(0)
-        config = LossConfig(cross_entropy=None, cwd=CwdConfig(weight=1.0, taps=taps))
+        config = LossConfig(cross_entropy=None, cwd=CWDConfig(weight=1.0, taps=taps))
         term = DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS, classes=CLASSES).double()
         values.append(term(student, teacher, labels)[0])
     torch.testing.assert_close(values[2], (values[0] + values[1]) / 2)
@@ -424,8 +424,8 @@ def test_weights_follow_the_classes() -> None:
     student, teacher, labels = answers()
     weight = WEIGHTS.double()[torch.where(labels == VOID, 0, labels)] * (labels != VOID)
     for config, function in (
-        (WslConfig(weight=1.0, class_weights="median"), lambda *x: wsl(*x)),
-        (DkdConfig(weight=1.0, class_weights="median"), lambda *x: dkd(*x)),
+        (WSLConfig(weight=1.0, class_weights="median"), lambda *x: wsl(*x)),
+        (DKDConfig(weight=1.0, class_weights="median"), lambda *x: dkd(*x)),
         (LogitStdConfig(weight=1.0, class_weights="median"), lambda s, t, y: logit_std(s, t, mask=y != VOID)),
     ):
         name = type(config).__name__.removesuffix("Config")
@@ -443,7 +443,7 @@ def test_weights_follow_the_classes() -> None:
 def test_a_logits_mean_over_a_teacher_of_another_stride(weight: float) -> None:
     student, teacher, labels = answers()
     coarse = changed(teacher, lambda x: x[:, :, ::2, ::2])
-    config = LossConfig(cross_entropy=None, cwd=CwdConfig(weight=weight), dist=DistConfig(weight=weight))
+    config = LossConfig(cross_entropy=None, cwd=CWDConfig(weight=weight), dist=DISTConfig(weight=weight))
     term = DistillationLoss(config, {"a": Shape(3, 2)}, {"a": Shape(6, 2)}, classes=CLASSES)
     loss, values = term(student, coarse, labels)
     torch.testing.assert_close(loss.detach(), weight * (values["cwd"] + values["dist"]))
@@ -452,15 +452,15 @@ def test_a_logits_mean_over_a_teacher_of_another_stride(weight: float) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: CwdConfig(temperature=0.0), "losses.cwd.temperature: 0.0 is not positive"),
-        (lambda: CwdConfig(taps=[]), "losses.cwd.taps: empty"),
-        (lambda: DistConfig(temperature=-1.0), "losses.dist.temperature: -1.0 is not positive"),
-        (lambda: DistConfig(gamma=-1.0), "losses.dist.gamma: -1.0 is negative; give 0 or more"),
-        (lambda: WslConfig(temperature=0.0), "losses.wsl.temperature: 0.0 is not positive"),
-        (lambda: DkdConfig(beta=-8.0), "losses.dkd.beta: -8.0 is negative; give 0 or more"),
+        (lambda: CWDConfig(temperature=0.0), "losses.cwd.temperature: 0.0 is not positive"),
+        (lambda: CWDConfig(taps=[]), "losses.cwd.taps: empty"),
+        (lambda: DISTConfig(temperature=-1.0), "losses.dist.temperature: -1.0 is not positive"),
+        (lambda: DISTConfig(gamma=-1.0), "losses.dist.gamma: -1.0 is negative; give 0 or more"),
+        (lambda: WSLConfig(temperature=0.0), "losses.wsl.temperature: 0.0 is not positive"),
+        (lambda: DKDConfig(beta=-8.0), "losses.dkd.beta: -8.0 is negative; give 0 or more"),
         (lambda: LogitStdConfig(temperature=0.0), "losses.logit_std.temperature: 0.0 is not positive"),
-        (lambda: BpkdConfig(edge_width=4), "losses.bpkd.edge_width: 4 is not an odd number from 3; give say 7"),
-        (lambda: BpkdConfig(body=-1.0), "losses.bpkd.body: -1.0 is negative; give 0 or more"),
+        (lambda: BPKDConfig(edge_width=4), "losses.bpkd.edge_width: 4 is not an odd number from 3; give say 7"),
+        (lambda: BPKDConfig(body=-1.0), "losses.bpkd.body: -1.0 is negative; give 0 or more"),
     ],
 )
 def test_mistakes_are_named(make: Callable[[], Any], said: str) -> None:
@@ -470,6 +470,6 @@ def test_mistakes_are_named(make: Callable[[], Any], said: str) -> None:
 
 
 def test_a_tap_that_is_not_there() -> None:
-    config = LossConfig(cwd=CwdConfig(taps=["logits", "neck"]))
+    config = LossConfig(cwd=CWDConfig(taps=["logits", "neck"]))
     with pytest.raises(ConfigurationError, match="losses.cwd.taps: the student has no tap 'neck'; it has a, b"):
         DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS)

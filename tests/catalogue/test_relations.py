@@ -11,7 +11,7 @@ from deploy.profiling import peak_allocation
 from errors import ConfigurationError
 from losses import relations
 from losses.relations import (
-    CirkdMiniBatchConfig,
+    CIRKDMiniBatchConfig,
     IFVDConfig,
     PairwiseConfig,
     affinity,
@@ -303,7 +303,7 @@ def test_mini_batch_pools_large_maps(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: PairwiseConfig(scale=1.0), "losses.pairwise.scale: 1.0 is no share"),
         (lambda: IFVDConfig(taps=[]), "losses.ifvd.taps: empty"),
         (
-            lambda: CirkdMiniBatchConfig(temperature=0.0),
+            lambda: CIRKDMiniBatchConfig(temperature=0.0),
             "losses.cirkd_mini_batch.temperature: 0.0 is not positive",
         ),
     ],

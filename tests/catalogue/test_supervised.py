@@ -17,7 +17,7 @@ from losses.supervised import (
     BoundaryConfig,
     FocalConfig,
     MarginConfig,
-    OhemConfig,
+    OHEMConfig,
     boundary,
     boundary_weight,
     confidence_penalty,
@@ -254,8 +254,8 @@ def test_ohem_keeps_what_it_must() -> None:
 
 
 def test_ohem_keeps_100_000_of_the_usual_image() -> None:
-    assert OhemConfig().least * 512 * 1024 == pytest.approx(100_000)
-    assert OhemConfig().threshold == 0.7
+    assert OHEMConfig().least * 512 * 1024 == pytest.approx(100_000)
+    assert OHEMConfig().threshold == 0.7
 
 
 @pytest.mark.parametrize("width", [0.5, 1.0, 2.0])
@@ -302,8 +302,8 @@ def test_terms_for_high_entropy_pull_towards_it() -> None:
     ("make", "said"),
     [
         (lambda: FocalConfig(gamma=-1.0), "losses.focal.gamma: -1.0 is negative; give 0 or more"),
-        (lambda: OhemConfig(threshold=0.0), "losses.ohem.threshold: 0.0 is not in (0, 1]; give say 0.7"),
-        (lambda: OhemConfig(least=1.5), "losses.ohem.least: 1.5 is not in (0, 1]"),
+        (lambda: OHEMConfig(threshold=0.0), "losses.ohem.threshold: 0.0 is not in (0, 1]; give say 0.7"),
+        (lambda: OHEMConfig(least=1.5), "losses.ohem.least: 1.5 is not in (0, 1]"),
         (lambda: BoundaryConfig(strength=-1.0), "losses.boundary.strength: -1.0 is negative; give 0 or more"),
         (lambda: BoundaryConfig(width=0.0), "losses.boundary.width: 0.0 is not positive; give say 5"),
         (lambda: MarginConfig(margin=-1.0), "losses.margin.margin: -1.0 is negative; give 0 or more"),

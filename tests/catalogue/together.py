@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cases import CLASSES, STUDENT_TAPS, TEACHER_TAPS, VOID, answers
 
-from losses.contrast import CirkdMemory, CirkdMemoryConfig
+from losses.contrast import CIRKDMemory, CIRKDMemoryConfig
 from losses.term import Context
 
 
@@ -17,8 +17,8 @@ def remember(output: str) -> None:
     """Saves what each process has in its memory after two steps, each with images of its own."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    config = CirkdMemoryConfig(taps=["b"], pixel_memory=9, region_memory=9)
-    term = CirkdMemory(config, Context(STUDENT_TAPS, TEACHER_TAPS, CLASSES)).double()
+    config = CIRKDMemoryConfig(taps=["b"], pixel_memory=9, region_memory=9)
+    term = CIRKDMemory(config, Context(STUDENT_TAPS, TEACHER_TAPS, CLASSES)).double()
     for step in range(2):
         student, teacher, labels = answers(1 + rank, seed=10 * step + rank)  # unequal numbers
         if step == 1 and rank == 1:
