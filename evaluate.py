@@ -5,9 +5,12 @@ several          python evaluate.py runs/teacher runs/baseline runs/distilled sp
 many processes   accelerate launch --config_file configs/accelerate/eight_gpus.yaml evaluate.py runs/teacher
 
 Each run gets `evaluation_SPLIT.json` and pictures in `images/`: image, truth, prediction, errors. With `out`, the
-tables of all runs go to OUT.md, their figures to OUT.json and a picture of them side by side to OUT.png.
+tables of all runs go to OUT.md, their figures to OUT.json and a picture of them side by side to OUT.png. Runs that
+differ in their seed alone are summed up as mean and spread.
 """
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass, field
 from datetime import date
@@ -30,7 +33,7 @@ from engine.tracking import write_json
 from errors import ConfigurationError
 from evaluation.metrics import predict
 from evaluation.pictures import colourise, error_map, grid, save_png
-from evaluation.report import compare_runs, per_class_table
+from evaluation.report import compare_runs, per_class_table, seeds_table
 from models import SegmentationModel, load_model
 
 
@@ -65,6 +68,7 @@ def main(config: Config) -> None:
             raise ConfigurationError(f"{folder}: its model knows other classes than its data set; train it again")
         scored = summarise(evaluate(accelerator, model, data, workers=config.workers), data.labels.names)
         result = scored | costs(folder, model, data) | {"run": run_dir, "split": config.split, "images": len(data)}
+        result["method"] = method(folder)
         pictures = on_main_process(
             accelerator, lambda m=model, d=data: predictions(accelerator, m, d, config.pictures)
         )
@@ -87,6 +91,13 @@ def data_config(folder: Path, root: str) -> DataConfig:
         raise ConfigurationError(f"{path}: no such file; name the directory of a run") from error
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path}: not the configuration of a run ({error}); train it again") from error
+
+
+def method(folder: Path) -> str:
+    """What a run's configuration says besides seed, folder and tracking: equal for several seeds of one method."""
+    saved: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    said = {key: value for key, value in saved.items() if key not in ("run_dir", "seed", "tracking")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def costs(folder: Path, model: SegmentationModel, data: SegmentationData) -> dict[str, Any]:
@@ -138,9 +149,11 @@ def report(
 ) -> None:
     """Prints the tables, and writes them with the figures, the command, the environment and a picture to `out`."""
     size = "×".join(map(str, results[0]["size"]))
-    tables = (
-        f"{compare_runs(results)}\n\nIoU by class, {config.split}, {len(data)} images of {size}, in per cent:\n\n"
-    )
+    tables = f"{compare_runs(results)}\n\n"
+    over_seeds = seeds_table(results)
+    if over_seeds:
+        tables += f"Over seeds, mean ± standard deviation:\n\n{over_seeds}\n\n"
+    tables += f"IoU by class, {config.split}, {len(data)} images of {size}, in per cent:\n\n"
     tables += per_class_table(results)
     print(f"\n{tables}\n")
     if not config.out:

@@ -1,6 +1,8 @@
 """Result tables: Markdown with aligned columns, which reads well in a terminal and pastes into a paper."""
 
 import math
+import os
+import statistics
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -67,6 +69,32 @@ def compare_runs(results: Sequence[Result]) -> str:
             row[heading] = ABSENT if _is_absent(value) else form(value)
             if relative is not None and len(results) > 1:
                 row[relative] = _relative(value, values[0], relative)
+    return table(rows)
+
+
+def seeds_table(results: Sequence[Result]) -> str:
+    """One row for each method: the mean over its seeds and their spread; "" where no method has two.
+
+    The method of a result is its key `method`: equal for runs that differ in their seed alone. ± is the standard
+    deviation over the seeds (n - 1). A method is named by what the names of its runs begin with.
+    """
+    methods: dict[Any, list[Result]] = {}
+    for result in results:
+        methods.setdefault(result.get("method"), []).append(result)
+    if max(map(len, methods.values())) < 2:
+        return ""
+    shown = {"miou": "mIoU %", "pixel_accuracy": "pixel acc. %", "class_accuracy": "class acc. %"}
+    rows = []
+    for runs in methods.values():
+        row: dict[str, Any] = {"method": os.path.commonprefix([str(run["run"]) for run in runs]).rstrip("-_./")}
+        row["seeds"] = len(runs)
+        for key, heading in shown.items():
+            values = [100 * run[key] for run in runs]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            row[heading] = f"{statistics.mean(values):.2f}{spread}"
+        times = [run["train_seconds"] for run in runs if run.get("train_seconds")]
+        row["training"] = duration(statistics.mean(times)) if times else ABSENT
+        rows.append(row)
     return table(rows)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import evaluation.pictures as pictures
 from evaluation.pictures import colourise, denormalise, error_map, grid, overlay, save_png
-from evaluation.report import compare_runs, duration, per_class_table, quantity, significant, table
+from evaluation.report import compare_runs, duration, per_class_table, quantity, seeds_table, significant, table
 
 COLOURS = ((128, 64, 128), (244, 35, 232), (70, 70, 70))
 
@@ -84,6 +84,20 @@ def test_one_run_has_no_ratios_and_unknown_columns_are_left_out() -> None:
     assert cells(compare_runs([{"run": "a", "miou": 0.5, "parameters": 7}]))[0] == ["run", "params", "mIoU %"]
     later = cells(compare_runs([{"run": "a", "miou": 0.5}, {"run": "a", "miou": 0.6, "parameters": 7}]))
     assert later[2:] == [["a (1)", "–", "–", "50.00", "+0.00"], ["a (2)", "7", "–", "60.00", "+10.00"]]
+
+
+def test_seeds_of_a_method_are_summed_up() -> None:
+    def result(run: str, method: str, miou: float) -> dict[str, Any]:
+        scores = {"miou": miou, "pixel_accuracy": 0.5, "class_accuracy": 0.25}
+        return {"run": run, "method": method, "train_seconds": 60.0 if method == "a" else None, **scores}
+
+    runs = [result("x/kd-0", "a", 0.4), result("x/kta-0", "b", 0.5), result("x/kd-1", "a", 0.42)]
+    lines = seeds_table(runs).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[1:3]] == ["method", "seeds"]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells[0] == ["x/kd", "2", "41.00 ± 1.41", "50.00 ± 0.00", "25.00 ± 0.00", "1.00 min"]
+    assert cells[1] == ["x/kta-0", "1", "50.00", "50.00", "25.00", "–"]
+    assert seeds_table(runs[:2]) == ""
 
 
 def test_classes_of_several_runs() -> None:
