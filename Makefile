@@ -64,6 +64,7 @@ camvid: setup  ## the real CamVid experiment on a CPU (set CAMVID_ROOT); hours; 
 	$(RUN) evaluate.py $(CAMVID)/teacher $(CAMVID)/baseline $(CAMVID)/distilled split=test out=results/camvid-cpu
 
 benchmarks: setup  ## time and memory of the parts that we wrote ourselves
+	$(RUN) benchmarks/losses.py
 	$(RUN) benchmarks/affinity.py
 	$(RUN) benchmarks/step_time.py
 	$(RUN) benchmarks/streets.py

@@ -6,6 +6,7 @@ go on            python distill.py runs/distilled/config.yaml resume=true
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from data import DataConfig, SegmentationData, build_dataset
 from engine.config import run_script
@@ -17,9 +18,9 @@ from engine.teachers import OfflineTeacher, TeacherConfig
 from engine.tracking import TrackingConfig
 from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
-from losses.latent import Latents, Reconstruction
+from losses.latent import AutoencoderConfig, Latents, Reconstruction
 from losses.logits import KDConfig
-from models import ModelConfig, SegmentationModel, build_model, load_model
+from models import ModelConfig, SegmentationModel, build_model, fingerprint, load_model
 
 
 @dataclass
@@ -60,10 +61,13 @@ def main(config: Config) -> None:
             class_weights=train.class_weights,
             total_steps=steps,
         )
+        check_autoencoder(config.losses.autoencoder, objective.latents)
         run.describe(student, objective, train, teacher)
         offline = OfflineTeacher(teacher, run.accelerator.device, run.accelerator.autocast)
+        taken = take_latents(run, objective.latents, config, teacher)
         announce(run, teacher, val)
-        prepare_latents(run, objective.latents, train, config, offline)
+        if not taken:
+            train_latents(run, objective.latents, train, config, offline)
         run.finish(
             fit(run, student, objective, train, val, config.train, workers=config.data.workers, teacher=offline)
         )
@@ -88,16 +92,32 @@ def announce(run: Run, teacher: SegmentationModel, val: object) -> None:
     run.say(f"teacher: val mIoU {100 * scored['miou']:.2f} %")
 
 
-def prepare_latents(run: Run, latents: Latents, train: SegmentationData, config: Config, teacher: Teacher) -> None:
-    """Stage 1 of knowledge adaptation, where a term needs it: the autoencoders of the teacher's features."""
+def check_autoencoder(config: AutoencoderConfig, latents: Latents) -> None:
+    """Raises ConfigurationError where a file is named that no term would use."""
+    if config.file and not latents.taps:
+        raise ConfigurationError(
+            "losses.autoencoder.file: no term uses it; add say losses.kta={}, or leave it out"
+        )
+
+
+def take_latents(run: Run, latents: Latents, config: Config, teacher: SegmentationModel) -> bool:
+    """Encoders of knowledge adaptation from the file that is named; False where none is needed or named."""
+    latents.made_for["teacher"] = fingerprint(teacher)
+    file = config.losses.autoencoder.file
+    if not file:
+        return not latents.taps
+    path = Path(file) / "autoencoder.safetensors" if Path(file).is_dir() else Path(file)
+    load_weights(latents.encoders, path, latents.made_for, run, "losses.autoencoder.file")
+    return True
+
+
+def train_latents(run: Run, latents: Latents, train: SegmentationData, config: Config, teacher: Teacher) -> None:
+    """Stage 1 of knowledge adaptation: the autoencoders of the teacher's features."""
     stage = config.losses.autoencoder
-    if stage.file and latents.taps:
-        load_weights(latents.encoders, stage.file, run)
-    elif latents.taps:
-        steps = max(1, round(stage.epochs * train.steps_per_epoch(config.train.batch_size)))
-        options = replace(config.train, epochs=None, steps=steps, optimizer="sgd", lr=stage.lr, ema=0.0)
-        learner = Reconstruction(latents)
-        train_stage(run, "autoencoder", learner, latents.encoders, train, options, config.data.workers, teacher)
+    steps = max(1, round(stage.epochs * train.steps_per_epoch(config.train.batch_size)))
+    options = replace(config.train, epochs=None, steps=steps, optimizer="sgd", lr=stage.lr, ema=0.0)
+    learner, workers = Reconstruction(latents), config.data.workers
+    train_stage(run, "autoencoder", learner, latents.encoders, train, options, latents.made_for, workers, teacher)
     latents.freeze()
 
 

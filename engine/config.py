@@ -131,9 +131,10 @@ def _value_text(value: Any) -> str:
 def parse(cls: type[Config], argv: Sequence[str] | None = None, *, runs: str | None = None) -> Config:
     """Read the command line into an instance of the dataclass `cls`.
 
-    Each argument is a YAML file, the directory of a run or `key=value`; a later one wins over an earlier one.
-    A run's directory is put into the key that `runs` names (appended, if that key is a list). `--help` prints
-    every key and exits with 0. Raises ConfigurationError, with one line that names the key or the file.
+    Each argument is a YAML file, the directory of a run or `key=value`; a later one wins over an earlier one, but
+    that no file takes the place of a run named before it. A run's directory is put into the key that `runs` names
+    (appended, if that key is a list). `--help` prints every key and exits with 0. Raises ConfigurationError, with
+    one line that names the key or the file.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -141,7 +142,7 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None, *, runs: str | N
         sys.exit(0)
     keys = {key.name: key for key in list_keys(cls)}
     config = OmegaConf.structured(cls)
-    for argument in arguments:
+    for argument in _runs_behind_files(arguments):
         config = _merge_argument(config, argument, keys, runs)
     try:
         return typing.cast(Config, OmegaConf.to_object(config))
@@ -150,6 +151,14 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None, *, runs: str | N
         if missing:
             raise ConfigurationError(f"{missing[0]}: has no default; give {missing[0]}=VALUE") from error
         raise ConfigurationError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from error
+
+
+def _runs_behind_files(arguments: list[str]) -> list[str]:
+    """The arguments in the order in which they are merged: runs that stand before the last file come behind it."""
+    last = max((i for i, argument in enumerate(arguments) if os.path.isfile(argument)), default=-1)
+    runs = [argument for argument in arguments[: last + 1] if os.path.isdir(argument)]
+    others = [argument for argument in arguments[: last + 1] if not os.path.isdir(argument)]
+    return [*others, *runs, *arguments[last + 1 :]]
 
 
 def _merge_argument(config: Any, argument: str, keys: dict[str, Key], runs: str | None) -> Any:

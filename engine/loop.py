@@ -51,7 +51,7 @@ def fit(
 ) -> dict[str, Any]:
     """Trains `model` by `objective`, from the newest checkpoint of the run if it is resumed.
 
-    The objective's `opponents` (a critic, say) are players beside it: each a learner with a `name`, the `options`
+    The objective's opponents (a critic, say) are players beside it: each a learner with a `name`, the `options`
     in which its training differs from `config`, and `active(step)`.
 
     The batches, their augmentation and the random numbers of a step are functions of the seed and the step, so a
@@ -64,7 +64,7 @@ def fit(
     total = config.total_steps(train)
     players = [Player(Learner(model, objective), config, accelerator)]
     players += [
-        Player(learner, replace(config, **learner.options), accelerator) for learner in objective.opponents
+        Player(learner, replace(config, **learner.options), accelerator) for learner in objective.make_opponents()
     ]
     progress = Progress()
     restore(run, players, progress)
@@ -153,9 +153,9 @@ def train_step(
     player.wrapped.train()
 
     counts = torch.stack([learner.counts(part.labels) for part in parts]).sum(0)
-    stop = counts.new_tensor([float(run.terminated)])
+    stop = counts.new_full((1,), float(run.terminated))
     shared = add_up(accelerator, torch.cat([counts, stop]))
-    denominators, terminated = shared[:-1], bool(shared[-1] > 0)
+    denominators = shared[:-1]
 
     may_skip = config.on_nonfinite == "skip"
     statistics = [buffer.clone() for buffer in player.statistics] if may_skip else []
@@ -168,11 +168,12 @@ def train_step(
             accelerator.backward(loss * accelerator.num_processes)
         for name, value in {"loss": loss.detach(), **values}.items():
             sums[name] = sums.get(name, torch.zeros_like(counts[0])) + value.double()
-    added = add_up(accelerator, torch.stack(list(sums.values()))).tolist()
-    logged = dict(zip(sums, added, strict=True))
-
+    added = add_up(accelerator, torch.stack(list(sums.values())))
     parameters = [p for group in player.optimizer.param_groups for p in group["params"]]
-    norm = float(accelerator.clip_grad_norm_(parameters, config.clip or math.inf))
+    clipped = accelerator.clip_grad_norm_(parameters, config.clip or math.inf)
+    # The one moment of a step at which the host waits for a GPU.
+    *values_added, norm, stops = torch.cat([added, clipped.reshape(1).to(added), shared[-1:]]).tolist()
+    logged, terminated = dict(zip(sums, values_added, strict=True)), stops > 0
     scaled = accelerator.scaler is not None  # fp16's scaler skips overflowing gradients by itself
     finite = math.isfinite(logged["loss"]) and (scaled or math.isfinite(norm))
     if not finite and config.on_nonfinite == "stop":
@@ -183,13 +184,19 @@ def train_step(
         )
     if finite:
         player.optimizer.step()
-        if player.ema is not None:
+        if player.ema is not None and not player.optimizer.step_was_skipped:
             player.ema.update_parameters(learner.model)
     else:  # batch-norm's statistics have taken in what is skipped
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()  # or its next unscaling fails
         for buffer, before in zip(player.statistics, statistics, strict=True):
             buffer.copy_(before)
     player.optimizer.zero_grad(set_to_none=True)
-    logged |= {"lr": rate, "gradient_norm": norm, "skipped": float(not finite)}
+    logged |= {
+        "lr": rate,
+        "gradient_norm": norm,
+        "skipped": float(not finite or player.optimizer.step_was_skipped),
+    }
     return logged, terminated
 
 

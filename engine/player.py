@@ -129,6 +129,11 @@ class Player:
         """The weights that are evaluated and saved: their average if there is one."""
         return self.learner.model if self.ema is None else self.ema.module
 
+    def retire(self) -> None:
+        """Takes it out of what Accelerate holds and unscales, when its part is played."""
+        self.accelerator._models.remove(self.wrapped)
+        self.accelerator._optimizers.remove(self.optimizer)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "learner": self.learner.state_dict(),
@@ -150,7 +155,8 @@ class Player:
     def broadcast_buffers(self) -> None:
         """Gives every process the batch-norm statistics of the first, before they are evaluated or saved."""
         if self.accelerator.num_processes > 1:
-            for buffer in [*self.statistics, *(self.ema.buffers() if self.ema is not None else ())]:
+            # The average's own count is on the CPU, where NCCL does not reach, and the same everywhere.
+            for buffer in [*self.statistics, *(self.ema.module.buffers() if self.ema is not None else ())]:
                 torch.distributed.broadcast(buffer, src=0)
 
 

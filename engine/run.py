@@ -88,7 +88,8 @@ class Run:
         for role, model in (("model" if teacher is None else "student", student), ("teacher", teacher)):
             if model is not None:
                 millions = sum(p.numel() for p in model.parameters()) / 1e6
-                self.say(f"{role}: {model.architecture}, {millions:.2f} M parameters, stride {model.stride}")
+                of = f"{self.config.teacher.run}, " if role == "teacher" else ""  # type: ignore[attr-defined]
+                self.say(f"{role}: {of}{model.architecture}, {millions:.2f} M parameters, stride {model.stride}")
         self.say(f"data: {len(data)} images, {len(data.labels.names)} classes")
         for line in objective.describe():
             self.say(f"loss: {line}")

@@ -183,7 +183,7 @@ class CriticLearner(nn.Module):
 
     def counts(self, labels: Tensor) -> Tensor:
         """The number of images, the denominator: float64 [1]."""
-        return torch.tensor([float(len(labels))], dtype=torch.float64, device=labels.device)
+        return labels.new_full((1,), len(labels), dtype=torch.float64)
 
     def forward(
         self, images: Tensor, labels: Tensor, answer: Any, step: int, denominators: Tensor

@@ -111,14 +111,13 @@ class _BlockedSum(torch.autograd.Function):
                 (upstream,) = torch.autograd.grad(loss, total)
                 go_through(True)
         if gradient is not None:
-            ctx.save_for_backward(torch.empty_like(student_logits).copy_(gradient))
+            keep_gradient(ctx, gradient, student_logits)
         return loss.detach().to(student.native.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss.to(gradient.dtype), *[None] * 6
+        return scale_gradient(ctx, grad_loss), *[None] * 6
 
 
 def _blocks(logits: "Rows", size: tuple[int, int], whole_images: bool) -> Iterator[tuple[slice, int, int]]:
@@ -158,31 +157,26 @@ class Rows:
         self.native = full_precision(native.detach()).contiguous()  # else rows would be copied each time
         self.width, self.align_corners = size[1], align_corners
         self.same = native.shape[-2:] == torch.Size(size)
-        height, rows = native.shape[-2], torch.arange(size[0], dtype=torch.float64)
-        if align_corners:
-            source = rows * ((height - 1) / max(size[0] - 1, 1))
-        else:
-            source = ((rows + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
-        self.upper = source.floor().long().clamp(max=height - 1)
-        self.lower = (self.upper + 1).clamp(max=height - 1)
-        self.share = source - self.upper  # of the lower of the two native rows
+        self.height = size[0]
+        # On a GPU the transpose of PyTorch's interpolation is not deterministic, a product with a matrix is.
+        self.columns_WJ: Tensor | None = None
+        if self.native.is_cuda and torch.are_deterministic_algorithms_enabled():
+            _, self.columns_WJ = _interpolation(native.shape[-1], size[1], 0, size[1], align_corners, self.native)
 
     def block(self, start: int, stop: int) -> tuple[slice, Tensor]:
         """The native rows under label rows start..stop, and the matrix [R, K] that interpolates between them."""
         if self.same:
             return slice(start, stop), self.native.new_empty(0)
-        first, last = int(self.upper[start]), int(self.lower[stop - 1])
-        matrix = torch.zeros(stop - start, last - first + 1, dtype=torch.float64)
-        rows, share = torch.arange(stop - start), self.share[start:stop]
-        matrix.index_put_((rows, self.upper[start:stop] - first), 1 - share, accumulate=True)
-        matrix.index_put_((rows, self.lower[start:stop] - first), share, accumulate=True)
-        return slice(first, last + 1), matrix.to(self.native)
+        height = self.native.shape[-2]
+        return _interpolation(height, self.height, start, stop, self.align_corners, self.native)
 
     def upsample(self, rows: slice, matrix_RK: Tensor, images: slice = slice(None)) -> Tensor:
         """Label rows [B, C, R, W], of all images or of some."""
         native = self.native[images, :, rows]
         if self.same:
             return native
+        if self.columns_WJ is not None:
+            return matrix_RK @ (native @ self.columns_WJ.mT)
         size = (native.shape[-2], self.width)
         wide_BCKW = F.interpolate(native, size=size, mode="bilinear", align_corners=self.align_corners)
         return matrix_RK @ wide_BCKW
@@ -192,9 +186,49 @@ class Rows:
         if self.same:
             return gradient_BCRW
         wide_BCKW = matrix_RK.mT @ gradient_BCRW
+        if self.columns_WJ is not None:
+            return wide_BCKW @ self.columns_WJ
         size = list(wide_BCKW.shape[-2:])
         native = [*wide_BCKW.shape[:-1], self.native.shape[-1]]
         return torch.ops.aten.upsample_bilinear2d_backward(wide_BCKW, size, native, self.align_corners)
+
+
+def _interpolation(
+    native: int, full: int, start: int, stop: int, align_corners: bool, like: Tensor
+) -> tuple[slice, Tensor]:
+    """Along one axis the native places under the full-size places start..stop, and what interpolates between them.
+
+    A native place has the weight of the hat function `max(0, 1 - |source - place|)`. The matrix [places, native
+    places] is made on its device, for a copy from the host would have to be waited for.
+    """
+    scale = (native - 1) / max(full - 1, 1) if align_corners else native / full
+    offset = 0.0 if align_corners else 0.5
+
+    def source(place: int) -> float:
+        return min(max((place + offset) * scale - offset, 0.0), native - 1)
+
+    first, last = int(source(start)), min(int(source(stop - 1)) + 1, native - 1)
+    places = torch.arange(start, stop, dtype=torch.float64, device=like.device)
+    sources = ((places + offset) * scale - offset).clamp(0, native - 1)
+    under = torch.arange(first, last + 1, dtype=torch.float64, device=like.device)
+    matrix = (1 - (sources[:, None] - under).abs()).clamp(min=0)
+    return slice(first, last + 1), matrix.to(like.dtype)
+
+
+def keep_gradient(ctx: Any, gradient: Tensor, logits: Tensor) -> None:
+    """Keeps the gradient for the backward pass, in its own precision: fp16's scale has yet to be applied to it."""
+    ctx.save_for_backward(gradient)
+    columns = logits.is_contiguous(memory_format=torch.channels_last) and not logits.is_contiguous()
+    ctx.form = {
+        "dtype": logits.dtype,
+        "memory_format": torch.channels_last if columns else torch.contiguous_format,
+    }
+
+
+def scale_gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+    """The kept gradient times that of the loss, in the form of the logits."""
+    (gradient,) = ctx.saved_tensors
+    return (gradient * grad_loss.to(gradient.dtype)).to(**ctx.form)
 
 
 class ImageTerm(Term):

@@ -22,6 +22,7 @@ from losses.term import (
     ModelOutput,
     Term,
     TermConfig,
+    check_taps,
     full_precision,
     pair_taps,
     resize,
@@ -254,7 +255,10 @@ class CIRKDMemory(Term):
         return total
 
     def remember(self, embeddings_PD: Tensor, labels: Tensor) -> None:
-        """Writes keys of the batches of all processes into the memory."""
+        """Writes keys of the batches of all processes into the memory; none that are not finite, to stay there."""
+        finite = embeddings_PD.isfinite().all(1)
+        labels = torch.where(finite.view_as(labels), labels, IGNORE_INDEX)
+        embeddings_PD = torch.where(finite[:, None], embeddings_PD, 0.0)
         found = sample_keys(embeddings_PD, labels, self.classes, self.config.pixel_update)
         for queue, keys in zip((self.pixels, self.regions), found, strict=True):
             queue.write(*gather(keys))
@@ -283,8 +287,7 @@ class AfDCDConfig(TermConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.taps:
-            raise ConfigurationError("losses.af_dcd.taps: empty; name at least one tap")
+        check_taps("af_dcd", self.taps)
         if not 0 <= self.mask_ratio < 1:
             raise ConfigurationError(
                 f"losses.af_dcd.mask_ratio: {self.mask_ratio} is not in [0, 1); give say 0.75"
@@ -337,7 +340,9 @@ class _PatchContrast(torch.autograd.Function):
         neither = (group[:, None] == group) & ~torch.eye(pieces, dtype=torch.bool, device=student.device)
         gradient = torch.empty_like(student) if wanted else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        step = max(1, block_elements(student.device) // pieces**2)
+        # cdist's backward pass on a GPU makes all differences of a block, channel by channel.
+        width = student.shape[2] if student.is_cuda else 1
+        step = max(1, block_elements(student.device) // (pieces**2 * width))
         for start in range(0, len(student), step):
             block = slice(start, start + step)
             ours = student[block].detach().requires_grad_(wanted)

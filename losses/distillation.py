@@ -218,8 +218,7 @@ class DistillationLoss(nn.Module):
         """Taps that the teacher must answer with."""
         return self.latents.sources([tap for term in self.terms.values() for tap in term.teacher_taps])  # type: ignore
 
-    @property
-    def opponents(self) -> list[nn.Module]:
+    def make_opponents(self) -> list[nn.Module]:
         """Learners of their own that the terms bring, critics say, to be stepped as players beside the student."""
         made = (term.opponent(self.configs[name], self.total_steps) for name, term in self.terms.items())  # type: ignore
         return [learner for learner in made if learner is not None]
@@ -306,11 +305,10 @@ class DistillationLoss(nn.Module):
         for name, term in self.terms.items():
             config = self.configs[name]
             line = f"{name}: weight {config.weight:g}"
-            if config.start or config.until is not None or config.ramp:
-                line += f", from {config.start} until {'the end' if config.until is None else config.until}"
-                line += f", ramp {config.ramp}" if config.ramp else ""
+            line += config.window(self.total_steps)
             if getattr(term, "pairs", None):
-                line += ", " + " ".join(s if s == t else f"{s}:{t}" for s, t in term.pairs)  # type: ignore
+                pairs = [(s, self.latents.describe(t)) for s, t in term.pairs]  # type: ignore
+                line += ", " + ", ".join(s if s == t else f"{s} to {t}" for s, t in pairs)
             adapters = sum(p.numel() for p in term.parameters() if p.requires_grad)
             line += f", {adapters:,} parameters of its own" if adapters else ""
             lines.append(line + (f", {term.note()}" if term.note() else ""))  # type: ignore[operator]

@@ -128,16 +128,27 @@ def hierarchical_context(
     total, weight, weights = fitnet(difference, torch.zeros_like(difference), mask=mask), 1.0, 1.0
     for size in (level for level in (4, 2, 1) if level < min(difference.shape[-2:])):
         if mask is None:
-            pooled, counted = F.adaptive_avg_pool2d(difference, size), None
+            pooled, counted = _pool(difference, size), None
         else:
-            share = F.adaptive_avg_pool2d(mask[:, None].to(difference), size)
-            inside = F.adaptive_avg_pool2d(torch.where(mask[:, None], difference, 0.0), size)
+            share = _pool(mask[:, None].to(difference), size)
+            inside = _pool(torch.where(mask[:, None], difference, 0.0), size)
             counted = share[:, 0] > 0
             pooled = inside / torch.where(share > 0, share, 1.0)
         weight /= 2
         total = total + weight * fitnet(pooled, torch.zeros_like(pooled), mask=counted)
         weights += weight
     return total / weights
+
+
+def _pool(maps: Tensor, size: int) -> Tensor:
+    """`adaptive_avg_pool2d` to size×size as two products, whose gradient is deterministic on a GPU too."""
+
+    def means(length: int) -> Tensor:
+        cell, place = torch.arange(size, device=maps.device)[:, None], torch.arange(length, device=maps.device)
+        inside = (place >= cell * length // size) & (place < -(-(cell + 1) * length // size))
+        return inside.to(maps) / inside.sum(1, keepdim=True)
+
+    return means(maps.shape[-2]) @ maps @ means(maps.shape[-1]).mT
 
 
 def _image_means(values: Tensor, mask: Tensor | None) -> Tensor:

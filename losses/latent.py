@@ -33,7 +33,7 @@ class AutoencoderConfig:
     epochs: float = 1.0
     """Length of stage 1 in passes over the training images."""
     file: str = ""
-    """Encoders from the `autoencoder.safetensors` of another run, in place of stage 1."""
+    """Encoders from another run, its folder or its `autoencoder.safetensors`, in place of stage 1."""
 
     def __post_init__(self) -> None:
         if self.channels < 0:
@@ -52,6 +52,11 @@ class KTAConfig(FeatureTermConfig):
     """Order of the norm of the difference."""
     q: int = 2
     """Order of the norm that the features of each position are divided by."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.p < 1 or self.q < 1:
+            raise ConfigurationError(f"losses.kta: p {self.p} and q {self.q} are orders of norms; give 1 or 2")
 
 
 @dataclass
@@ -155,6 +160,7 @@ class Latents(nn.Module):
         super().__init__()
         self.config = config
         self.taps: dict[str, LatentTap] = {}
+        self.made_for: dict[str, str] = {}  # what the encoders depend on, in words
         self.encoders = nn.ModuleDict()
 
     def require(self, name: str, student_tap: str, teacher_tap: str, context: Context) -> str:
@@ -177,8 +183,16 @@ class Latents(nn.Module):
             halvings = int(math.log2(ratio))
             self.taps[tap] = LatentTap(channels, student.stride, teacher_tap, teacher.channels, halvings)
             self.encoders[self.key(tap)] = Encoder(teacher.channels, channels, halvings)
+            shapes = [f"{t.source} at stride {t.stride}, {t.channels} channels" for t in self.taps.values()]
+            self.made_for["latents"] = "; ".join(sorted(shapes))
             self.freeze()
         return tap
+
+    def describe(self, tap: str) -> str:
+        """A tap of the teacher, latent or its own, for people."""
+        if tap not in self.taps:
+            return tap
+        return f"latent of {self.taps[tap].source} ({self.taps[tap].channels} channels)"
 
     @staticmethod
     def key(tap: str) -> str:
@@ -231,7 +245,7 @@ class Reconstruction(nn.Module):
 
     def counts(self, labels: Tensor) -> Tensor:
         """The number of images, the denominator: float64 [1]."""
-        return torch.tensor([float(len(labels))], dtype=torch.float64, device=labels.device)
+        return labels.new_full((1,), len(labels), dtype=torch.float64)
 
     def forward(
         self, images: Tensor, labels: Tensor, answer: ModelOutput, step: int, denominators: Tensor

@@ -58,7 +58,7 @@ class SoftTermConfig(PixelTermConfig):
 def _check_temperature(config: TermConfig, temperature: float) -> None:
     if temperature <= 0:
         raise ConfigurationError(
-            f"losses.{term_name(type(config))}.temperature: {temperature} is not positive; give 1.0 or more"
+            f"losses.{term_name(type(config))}.temperature: {temperature} is not positive; give say 1.0"
         )
 
 
@@ -280,6 +280,8 @@ def _decoupled(
     student: Tensor, teacher: Tensor, target: Tensor, temperature: float, alpha: float, beta: float
 ) -> Tensor:
     """`dkd` of each pixel, from target classes [B, R, W]."""
+    if student.shape[1] == 1:
+        return student[:, 0] * 0.0  # of one class there is nothing to say
     target = target[:, None]
     is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(1, target, True)
 

@@ -24,6 +24,7 @@ from losses.term import (
     ModelOutput,
     Term,
     TermConfig,
+    check_taps,
     full_precision,
     pair_taps,
     resize,
@@ -60,8 +61,7 @@ class IFVDConfig(TermConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.taps:
-            raise ConfigurationError("losses.ifvd.taps: empty; name at least one tap")
+        check_taps("ifvd", self.taps)
 
 
 @dataclass

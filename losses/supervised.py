@@ -59,8 +59,8 @@ class OHEMConfig(TermConfig):
 
     threshold: float = 0.7
     """A pixel is kept if the probability of its label's class is below it."""
-    least: float = 100_000 / (512 * 1024)
-    """Share of an image's labelled pixels that is kept at least: 100,000 of an image of 512×1024."""
+    least: float = 0.190735
+    """Share of an image's labelled pixels that is kept at least: about 100,000 of an image of 512×1024."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,9 +218,7 @@ def _jaccard_steps(errors: Tensor, hit: Tensor) -> Tensor:
     return torch.empty_like(errors).scatter_(0, order, steps.to(errors))
 
 
-def ohem(
-    logits: Tensor, labels: Tensor, *, threshold: float = 0.7, least: float = 100_000 / (512 * 1024)
-) -> Tensor:
+def ohem(logits: Tensor, labels: Tensor, *, threshold: float = 0.7, least: float = 0.190735) -> Tensor:
     """Cross-entropy of the hardest pixels (Shrivastava et al. 2016), a mean over those kept, then over images.
 
     Kept are the labelled pixels whose label's class has a probability below `threshold`, and at least the
@@ -252,14 +250,10 @@ def _hardest(logits: Tensor, labelled: Tensor, target: Tensor, threshold: float,
     cost = torch.zeros(labelled.shape, dtype=full_precision(logits.detach()).dtype, device=logits.device)
     for rows, block in upsampled_blocks(logits.detach(), (labelled.shape[-2], labelled.shape[-1])):
         cost[:, rows] = F.cross_entropy(block, target[:, rows], reduction="none")
-    kept = torch.zeros_like(labelled)
-    for image, counted in enumerate(labelled):
-        found = cost[image][counted]
-        if len(found):
-            number = math.ceil(least * len(found))
-            limit = found.kthvalue(len(found) - number + 1).values
-            kept[image] = counted & ((cost[image] >= limit) | (cost[image] > -math.log(threshold)))
-    return kept
+    hardest_first = cost.masked_fill(~labelled, -math.inf).flatten(1).sort(descending=True).values
+    number = (least * labelled.flatten(1).sum(1)).ceil().long().clamp(min=1)
+    limit = hardest_first.gather(1, number[:, None] - 1)[:, None]
+    return labelled & ((cost >= limit) | (cost > -math.log(threshold)))
 
 
 def boundary(logits: Tensor, labels: Tensor, *, strength: float = 10.0, width: float = 5.0) -> Tensor:

@@ -1,5 +1,6 @@
 """What a loss term is: a sum over items divided by a denominator that depends on the labels alone."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Context:
         """The teacher's taps, for the term `name`, which can't be without one."""
         if self.teacher is None:
             raise ConfigurationError(
-                f"losses.{name}: compares with a teacher, and there is none; leave the term out"
+                f"losses.{name}: compares with a teacher, and there is none; leave it out, or use distill.py"
             )
         return self.teacher
 
@@ -81,24 +82,39 @@ class TermConfig:
         name = term_name(type(self))
         for key in ("start", "until", "ramp"):
             value = getattr(self, key)
-            if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
+            if value is not None and not (0 <= value <= 1 if isinstance(value, float) else value >= 0):
                 raise ConfigurationError(
                     f"losses.{name}.{key}: {value} is out of range; "
                     "give steps as an integer from 0 or a fraction of training as a float from 0.0 to 1.0"
                 )
-        if self.weight < 0:
-            raise ConfigurationError(f"losses.{name}.weight: {self.weight} is negative; give 0 or more")
+        if self.until is not None and type(self.until) is type(self.start) and self.until <= self.start:
+            raise ConfigurationError(f"losses.{name}.until: {self.until} is not after start {self.start}")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ConfigurationError(f"losses.{name}.weight: {self.weight} is not a weight; give 0 or more")
 
     def factor(self, step: int, total_steps: int) -> float:
         """The weight in force at `step` (from 0) of `total_steps`; 0 outside the term's window."""
+        start, until, ramp = self.steps(total_steps)
+        if step < start or step >= until:
+            return 0.0
+        return self.weight * min(1.0, (step - start + 1) / (ramp + 1))
+
+    def steps(self, total_steps: int) -> tuple[int, float, int]:
+        """First step, the step at which it ends, and length of the ramp."""
 
         def in_steps(value: int | float) -> int:
             return value if isinstance(value, int) else round(value * total_steps)
 
-        start, ramp = in_steps(self.start), in_steps(self.ramp)
-        if step < start or (self.until is not None and step >= in_steps(self.until)):
-            return 0.0
-        return self.weight * min(1.0, (step - start + 1) / (ramp + 1))
+        until = math.inf if self.until is None else in_steps(self.until)
+        return in_steps(self.start), until, in_steps(self.ramp)
+
+    def window(self, total_steps: int) -> str:
+        """The window for people; nothing where it is all of the training."""
+        start, until, ramp = self.steps(total_steps)
+        if not start and not ramp and until >= total_steps:
+            return ""
+        shown = f", steps {start} to {min(until, total_steps)} of {total_steps}"
+        return shown + (f", ramp {ramp}" if ramp else "")
 
 
 @dataclass
@@ -112,8 +128,20 @@ class FeatureTermConfig(TermConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.taps:
-            raise ConfigurationError(f"losses.{term_name(type(self))}.taps: empty; name at least one tap")
+        check_taps(term_name(type(self)), self.taps)
+
+
+def check_taps(name: str, taps: list[str]) -> None:
+    """Raises ConfigurationError if a list of taps is empty, holds one twice or what is no tap."""
+    if not taps:
+        raise ConfigurationError(f"losses.{name}.taps: empty; name at least one tap")
+    for tap in taps:
+        if not isinstance(tap, str) or not re.fullmatch(r"[^\s:]+(:[^\s:]+)?", tap):
+            raise ConfigurationError(
+                f"losses.{name}.taps: {str(tap)!r} is no tap; write tap or student_tap:teacher_tap, without blanks"
+            )
+        if taps.count(tap) > 1:
+            raise ConfigurationError(f"losses.{name}.taps: {tap} is there twice; name it once")
 
 
 def term_name(config: type) -> str:
@@ -137,7 +165,7 @@ class Term(nn.Module):
 
     def count(self, labels: Tensor) -> Tensor:
         """Local denominator, float64 scalar. Here the number of images; pixel terms count labelled pixels."""
-        return torch.tensor(float(len(labels)), dtype=torch.float64, device=labels.device)
+        return labels.new_full((), len(labels), dtype=torch.float64)
 
     def forward(
         self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
@@ -171,7 +199,7 @@ def pair_taps(name: str, taps: Sequence[str], context: Context) -> list[tuple[st
         for side, wanted, known in (("student", ours, context.student), ("teacher", theirs, teacher)):
             if wanted not in known:
                 raise ConfigurationError(
-                    f"losses.{name}.taps: the {side} has no tap {wanted!r}; it has {', '.join(known)}"
+                    f"losses.{name}.taps: the {side} has no tap {wanted!r}; name some of {', '.join(known)}"
                 )
         pairs.append((ours, theirs))
     return pairs

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from losses.blocks import Rows, label_weight, rows_a_block, safe
+from losses.blocks import Rows, keep_gradient, label_weight, rows_a_block, safe, scale_gradient
 from losses.term import full_precision
 
 # The Triton kernel is off until it is asked for: it was checked against the blocks in Triton's interpreter alone.
@@ -109,15 +109,10 @@ class _UpsampledLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, classes = student_logits.shape[:2]
         size = (labels.shape[-2], labels.shape[-1])
-        student = Rows(student_logits, size, settings.align_corners)
-        teacher = None
-        if teacher_logits is not None:  # upsampling is linear, so the temperature may divide before it
-            teacher = Rows(teacher_logits / settings.temperature, size, settings.align_corners)
+        taught = None if teacher_logits is None else full_precision(teacher_logits)
 
         # The type of the sums and of the gradient, and what each class and pixel weighs in them.
         like = full_precision(student_logits.new_zeros(()))
-        labelled = labels != settings.ignore_index
-        target = torch.where(labelled, labels, 0)
         ce_weights = like.new_ones(classes) if class_weights is None else class_weights.to(like)
         kl_weights = like.new_ones(classes) if kl_class_weights is None else kl_class_weights.to(like)
         ce_weights = ce_weights / safe(ce_denominator, like)
@@ -126,12 +121,16 @@ class _UpsampledLoss(torch.autograd.Function):
         if in_one_kernel(student_logits):
             from losses.upsampled_triton import value_and_gradient
 
-            taught = None if teacher_logits is None else full_precision(teacher_logits)
-            ce, kl, found = value_and_gradient(
-                student.native, taught, labels, ce_weights, kl_weights, **settings._asdict()
-            )
+            native, options = full_precision(student_logits), settings._asdict()
+            ce, kl, found = value_and_gradient(native, taught, labels, ce_weights, kl_weights, **options)
             return _answer(ctx, student_logits, ce, kl, found if wanted else None, settings)
 
+        student = Rows(student_logits, size, settings.align_corners)
+        teacher = None
+        if taught is not None:  # upsampling is linear, so the temperature may divide before it
+            teacher = Rows(taught / settings.temperature, size, settings.align_corners)
+        labelled = labels != settings.ignore_index
+        target = torch.where(labelled, labels, 0)
         ce_pixels = ce_weights[target].mul_(labelled).unsqueeze(1)  # [B, 1, H, W]
         kl_pixels = kl_weights[target].mul_(labelled).unsqueeze(1) if teacher is not None else ce_pixels
         spread = ce_weights * (settings.label_smoothing / classes) if settings.label_smoothing else None
@@ -159,8 +158,7 @@ class _UpsampledLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss.to(gradient.dtype), None, None, None, None, None, None, None
+        return scale_gradient(ctx, grad_loss), *[None] * 7
 
 
 def _answer(
@@ -168,7 +166,7 @@ def _answer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and terms from the float64 sums; the gradient is kept for the backward pass."""
     if gradient is not None:
-        ctx.save_for_backward(torch.empty_like(student_logits).copy_(gradient))
+        keep_gradient(ctx, gradient, student_logits)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     loss, ce, kl = ((settings.ce_weight * ce + settings.kl_weight * kl).to(dtype), ce.to(dtype), kl.to(dtype))
     ctx.mark_non_differentiable(ce, kl)
@@ -177,7 +175,9 @@ def _answer(
 
 def in_one_kernel(logits: Tensor) -> bool:
     """Whether the Triton kernel does the work: on a GPU, where it is asked for and its atomic sums may be."""
-    if not TRITON or logits.dtype == torch.float64 or torch.are_deterministic_algorithms_enabled():
+    if not TRITON or logits.dtype == torch.float64 or logits.shape[1] > 128:  # more don't fit into shared memory
+        return False
+    if torch.are_deterministic_algorithms_enabled():
         return False
     return logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -14,12 +14,12 @@ Dimension letters: X label columns of the tile, J native columns under it, C cla
 # mypy: disallow-incomplete-defs=False
 # (in a kernel only compile-time constants are annotated)
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-TILE = 64
 
 
 @triton.jit
@@ -181,8 +181,10 @@ def _kernel(
     hat_JX = tl.where(inside_X[None, :], hat_JX, 0.0)
     mask = (j_J < width)[:, None] & real_C[None, :]
     at = gradient + c_C[None, :].to(tl.int64) * plane + j_J[:, None]
-    tl.atomic_add(at + row * width, tl.dot(hat_JX, to_upper_XC, input_precision="ieee"), mask=mask)
-    tl.atomic_add(at + below * width, tl.dot(hat_JX, to_lower_XC, input_precision="ieee"), mask=mask)
+    upper_JC = tl.dot(hat_JX, to_upper_XC, input_precision="ieee")
+    lower_JC = tl.dot(hat_JX, to_lower_XC, input_precision="ieee")
+    tl.atomic_add(at + row * width, upper_JC, mask=mask, sem="relaxed")
+    tl.atomic_add(at + below * width, lower_JC, mask=mask, sem="relaxed")
 
 
 def value_and_gradient(
@@ -212,21 +214,15 @@ def value_and_gradient(
     taught = student if teacher is None else teacher.contiguous()
 
     def scale(native: int, full: int) -> float:
-        return (native - 1) / max(full - 1, 1) if align_corners else native / full
+        return _scale(native, full, align_corners)
 
-    # The label rows whose upper native row is i stand from first_rows[i] to first_rows[i + 1].
-    y = torch.arange(size[0], dtype=torch.float32, device=student.device)
-    source = (
-        y * scale(height, size[0]) if align_corners else ((y + 0.5) * scale(height, size[0]) - 0.5).clamp(min=0)
-    )
-    upper = source.clamp(max=height - 1).to(torch.int64)
-    bounds = torch.arange(height + 1, device=student.device)
-    first_rows = torch.searchsorted(upper, bounds).to(torch.int32)
-
+    first_rows, most_rows = _rows_under(height, size[0], align_corners, student.device)
+    padded = max(16, triton.next_power_of_2(classes))
+    tile = max(16, min(64, 2048 // padded))  # what a program keeps in registers grows with both
     gradient = torch.zeros_like(student)
-    tiles = triton.cdiv(size[1], TILE)
+    tiles = triton.cdiv(size[1], tile)
     sums = torch.zeros(batch, height, tiles, 2, dtype=torch.float32, device=student.device)
-    columns = int(TILE * scale(width, size[1])) + 3
+    columns = int(tile * scale(width, size[1])) + 3
     _kernel[(batch, height, tiles)](
         student,
         taught,
@@ -251,13 +247,30 @@ def value_and_gradient(
         temperature,
         label_smoothing,
         ignore_index,
-        ROWS=int(first_rows.diff().max()),
+        ROWS=most_rows,
         ALIGN=align_corners,
         CE=ce_weight != 0,
         KL=teacher is not None,
-        X=TILE,
+        X=tile,
         J=max(16, triton.next_power_of_2(columns)),
-        C=max(16, triton.next_power_of_2(classes)),
+        C=padded,
+        num_warps=8,
     )
     ce, kl = sums.double().sum((0, 1, 2))
     return ce, kl, gradient
+
+
+def _scale(native: int, full: int, align_corners: bool) -> float:
+    return (native - 1) / max(full - 1, 1) if align_corners else native / full
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_under(native: int, full: int, align_corners: bool, device: torch.device) -> tuple[Tensor, int]:
+    """Int32 [native + 1]: the label rows whose upper native row is i stand from the i-th number to the next.
+
+    And the most that a native row has; kept, since to ask a GPU would be to wait for it.
+    """
+    y, scale = torch.arange(full, dtype=torch.float32), _scale(native, full, align_corners)
+    source = y * scale if align_corners else ((y + 0.5) * scale - 0.5).clamp(min=0)
+    first = torch.searchsorted(source.clamp(max=native - 1).long(), torch.arange(native + 1)).to(torch.int32)
+    return first.to(device), int(first.diff().max())

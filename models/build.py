@@ -1,11 +1,14 @@
 """A model from its configuration or from a folder."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from errors import ConfigurationError, DamagedFileError
 from models.interface import SegmentationModel
@@ -38,6 +41,15 @@ class ModelConfig:
             )
         if not 1 <= self.depth <= 6:
             raise ConfigurationError(f"model.depth: {self.depth} is out of range; give 1 to 6")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the weights and their names, shortened: tells whether something was made for this very model."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class ClassNames(Protocol):

@@ -122,6 +122,18 @@ def test_a_list_replaces_the_default() -> None:
     assert affinity.taps == ["decoder.0:decoder.1", "bottleneck"]
 
 
+def test_a_file_does_not_take_the_place_of_a_run(tmp_path: Path) -> None:
+    """Named before it: a file's own teacher is for those who name none."""
+    file, runs = tmp_path / "x.yaml", [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        (run / "best").mkdir(parents=True)
+    file.write_text("teacher: {run: from/file}\n")
+    arguments = [str(runs[0]), str(file)]
+    assert read(*arguments, runs="teacher.run").teacher.run == str(runs[0])
+    assert read(*arguments, str(runs[1]), runs="teacher.run").teacher.run == str(runs[1])
+    assert read(*arguments, "teacher.run=said", runs="teacher.run").teacher.run == "said"
+
+
 def test_later_arguments_win(tmp_path: Path) -> None:
     one, two = tmp_path / "one.yaml", tmp_path / "two.yml"
     one.write_text("seed: 1\ntrain: {lr: 0.5, batch_size: 2}\nlosses: {affinity: {weight: 3}}\n")

@@ -20,7 +20,7 @@ def players(total_steps: int = 10, **options: Any) -> tuple[DistillationLoss, Cr
     torch.manual_seed(0)
     config = LossConfig(cross_entropy=None, holistic=HolisticConfig(critic_width=4, **options))
     objective = DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS, classes=CLASSES, total_steps=total_steps)
-    (learner,) = objective.opponents
+    (learner,) = objective.make_opponents()
     assert isinstance(learner, CriticLearner)
     torch.nn.init.constant_(learner.model.attention.gain, 0.5)
     return objective.double(), learner.double()

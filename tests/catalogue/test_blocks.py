@@ -11,6 +11,8 @@ from torch import Tensor
 
 from losses import blocks
 from losses.blocks import blocked_mean, blocked_sum, upsampled_blocks
+from losses.supervised import dice
+from losses.upsampled import upsampled_loss
 
 SIZES = [
     ((4, 6), (16, 24), (8, 12)),
@@ -183,3 +185,39 @@ def test_mean_over_a_mask() -> None:
     nothing = blocked_mean(pixels, ours, theirs, torch.zeros_like(mask), labels)
     assert nothing == 0
     assert not torch.autograd.grad(nothing, ours)[0].any()
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(
+    ("native", "size"), [((5, 7), (20, 28)), ((3, 4), (7, 9)), ((1, 1), (3, 5)), ((9, 8), (4, 3))]
+)
+def test_columns_by_a_matrix(native: tuple[int, int], size: tuple[int, int], align_corners: bool) -> None:
+    """What a GPU takes when its sums must be in order: the same rows, and the same transpose."""
+    torch.manual_seed(0)
+    rows = blocks.Rows(torch.randn(2, 3, *native, dtype=torch.float64), size, align_corners)
+    under, matrix = rows.block(1, size[0])
+    gradient = torch.randn(2, 3, size[0] - 1, size[1], dtype=torch.float64)
+    expected = rows.upsample(under, matrix), rows.transpose(gradient, matrix)
+    _, rows.columns_WJ = blocks._interpolation(native[1], size[1], 0, size[1], align_corners, rows.native)
+    torch.testing.assert_close(rows.upsample(under, matrix), expected[0])
+    torch.testing.assert_close(rows.transpose(gradient, matrix), expected[1])
+
+
+@pytest.mark.parametrize("function", ["upsampled_loss", "dice"])
+def test_gradient_of_half_precision_is_scaled_before_it_is_rounded(function: str) -> None:
+    """fp16's loss scale begins at 65536, which fp16 can't hold, and the gradients are too small for it without."""
+    torch.manual_seed(0)
+    exact = torch.randn(1, 4, 8, 8).half().float().requires_grad_()
+    half = exact.detach().half().to(memory_format=torch.channels_last).requires_grad_()
+    labels = torch.randint(0, 4, (1, 32, 32))
+
+    def loss(logits: Tensor) -> Tensor:
+        if function == "dice":
+            return dice(logits, labels) * 1e-4
+        return upsampled_loss(logits, labels, ce_denominator=1e7)[0]
+
+    (expected,) = torch.autograd.grad(loss(exact) * 65536 * 8, exact)
+    (found,) = torch.autograd.grad(loss(half) * 65536 * 8, half)
+    assert found.dtype == torch.float16
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=1e-6)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CLASSES, STUDENT_TAPS, TEACHER_TAPS, VOID, Answer, Shape, answers, changed, gradients
+from cases import CLASSES, STUDENT_TAPS, TEACHER_TAPS, VOID, Answer, Shape, answers, changed, gradients, objective
 from forks import Forks
 from torch import Tensor
 
@@ -341,3 +341,20 @@ def test_what_the_models_must_be() -> None:
     config = LossConfig(af_dcd=AfDCDConfig(taps=["b"]))
     with pytest.raises(ConfigurationError, match="losses.af_dcd.groups: 16 is no divisor of the 7 channels"):
         DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS)
+
+
+def test_keys_that_are_not_finite_never_enter_the_memory() -> None:
+    """They would stay there for thousands of steps."""
+    student, teacher, labels = answers(dtype=torch.float32)
+    term = objective("cirkd_memory")
+    spoilt = changed(teacher, torch.clone)
+    with torch.no_grad():
+        spoilt.features["b"][0, :, 0] = torch.inf
+        spoilt.features["b"][1, 0, 1] = torch.nan
+    term(student, spoilt, labels)
+    memory = term.terms["cirkd_memory"]
+    assert memory.pixels.filled.any()
+    assert memory.pixels.keys.isfinite().all()
+    assert memory.regions.keys.isfinite().all()
+    loss, _ = term(student, teacher, labels)
+    assert torch.isfinite(loss)

@@ -11,7 +11,7 @@ from plain import eager
 from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
 from losses.features import AttentionTransferConfig, FitnetConfig, attention_transfer
-from losses.latent import AffinityConfig
+from losses.latent import AffinityConfig, KTAConfig
 from losses.logits import KDConfig
 from losses.supervised import CrossEntropyConfig
 from losses.term import TermConfig
@@ -37,7 +37,19 @@ def test_objective_is_the_weighted_sum() -> None:
     torch.testing.assert_close(values["attention_transfer"], sum(pairs) / 2)
     lines = total.describe()
     assert len(lines) == 4
-    assert lines[3] == "affinity: weight 1, b:a"
+    assert lines[3] == "affinity: weight 1, b to a"
+
+
+def test_terms_are_described_in_steps() -> None:
+    config = LossConfig(
+        kd=KDConfig(start=0.5, ramp=2),
+        fitnet=FitnetConfig(taps=["a"], until=3),
+        kta=KTAConfig(taps=["b:a"], until=1.0),
+    )
+    lines = DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS, total_steps=8).describe()
+    assert lines[1] == "kd: weight 1, steps 4 to 8 of 8, ramp 2"
+    assert lines[2].startswith("fitnet: weight 10, steps 0 to 3 of 8, a, ")
+    assert lines[3].startswith("kta: weight 50, b to latent of a (3 channels), ")
 
 
 def test_pixel_terms_alone_and_together_are_the_same() -> None:
@@ -90,18 +102,18 @@ def test_schedule(options: dict[str, Any], expected: list[float]) -> None:
     [
         (
             lambda: LossConfig(fitnet=FitnetConfig(taps=["a", "neck"])),
-            "losses.fitnet.taps: the student has no tap 'neck'; it has a, b",
+            "losses.fitnet.taps: the student has no tap 'neck'; name some of a, b",
         ),
         (
             lambda: LossConfig(affinity=AffinityConfig(taps=["a:neck"])),
-            "losses.affinity.taps: the teacher has no tap 'neck'; it has a, b",
+            "losses.affinity.taps: the teacher has no tap 'neck'; name some of a, b",
         ),
         (
             lambda: LossConfig(attention_transfer=AttentionTransferConfig(taps=[])),
             "losses.attention_transfer.taps: empty; name at least one tap",
         ),
         (lambda: LossConfig(kd=KDConfig(temperature=0)), "losses.kd.temperature: 0 is not positive"),
-        (lambda: LossConfig(kd=KDConfig(weight=-1)), "losses.kd.weight: -1 is negative; give 0 or more"),
+        (lambda: LossConfig(kd=KDConfig(weight=-1)), "losses.kd.weight: -1 is not a weight; give 0 or more"),
         (
             lambda: LossConfig(kd=KDConfig(start=1.5)),
             "losses.kd.start: 1.5 is out of range; give steps as an integer",
@@ -110,6 +122,27 @@ def test_schedule(options: dict[str, Any], expected: list[float]) -> None:
             lambda: LossConfig(cross_entropy=CrossEntropyConfig(label_smoothing=1.0)),
             "losses.cross_entropy.label_smoothing: 1.0 is not in [0, 1)",
         ),
+        (
+            lambda: LossConfig(kd=KDConfig(weight=float("nan"))),
+            "losses.kd.weight: nan is not a weight; give 0 or more",
+        ),
+        (
+            lambda: LossConfig(kd=KDConfig(start=5, until=3)),
+            "losses.kd.until: 3 is not after start 5",
+        ),
+        (
+            lambda: LossConfig(fitnet=FitnetConfig(taps=["a", "a"])),
+            "losses.fitnet.taps: a is there twice; name it once",
+        ),
+        (
+            lambda: LossConfig(fitnet=FitnetConfig(taps=["a: a"])),
+            "losses.fitnet.taps: 'a: a' is no tap; write tap or student_tap:teacher_tap",
+        ),
+        (
+            lambda: LossConfig(fitnet=FitnetConfig(taps=[{"a": "a"}])),  # type: ignore[list-item]
+            "losses.fitnet.taps: \"{'a': 'a'}\" is no tap",
+        ),
+        (lambda: LossConfig(kta=KTAConfig(p=0)), "losses.kta: p 0 and q 2 are orders of norms; give 1 or 2"),
         (lambda: LossConfig(cross_entropy=None), "losses: no term is configured"),
         (
             lambda: LossConfig(cross_entropy=CrossEntropyConfig(class_weights="enet")),

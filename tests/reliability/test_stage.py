@@ -84,7 +84,7 @@ def from_file(forks: Forks, teacher: Path, run: Path, file: Path, *more: str) ->
 def test_taken_from_another_run(forks: Forks, teacher: Path, whole: Path, tmp_path: Path) -> None:
     """The same training follows, and no stage."""
     run = tmp_path / "run"
-    outcome = completed(from_file(forks, teacher, run, whole / "autoencoder.safetensors"))
+    outcome = completed(from_file(forks, teacher, run, whole))
     assert f"taken from {whole / 'autoencoder.safetensors'}" in outcome.text
     assert metrics(run) == [line for line in metrics(whole) if line["split"] != "autoencoder"]
 
@@ -92,7 +92,13 @@ def test_taken_from_another_run(forks: Forks, teacher: Path, whole: Path, tmp_pa
 @pytest.mark.parametrize(
     ("damage", "more", "code", "said"),
     [
-        ("none", ["losses.autoencoder.channels=3"], 2, "does not fit this configuration (size mismatch for"),
+        (
+            "none",
+            ["losses.autoencoder.channels=3"],
+            2,
+            "made for latents decoder.1 at stride 4, 2 channels, ",
+        ),
+        ("other teacher", [], 2, "made for teacher"),
         ("missing", [], 2, "no such file"),
         ("truncated", [], 3, "damaged"),
     ],
@@ -102,10 +108,21 @@ def test_file_that_can_not_be_taken(
 ) -> None:
     file = tmp_path / "file.safetensors"
     data = (whole / "autoencoder.safetensors").read_bytes()
+    if damage == "other teacher":
+        other = tmp_path / "other"
+        completed(forks.script("train_teacher.py", f"run_dir={other}", *TEACHER, "seed=1", "train.steps=1"))
+        teacher = other
     if damage != "missing":
         file.write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
     outcome = completed(from_file(forks, teacher, tmp_path / "run", file, *more), code)
     errors = [line for line in outcome.text.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
-    assert errors[0].startswith(f"error: {file}: {said}")
+    assert errors[0].startswith(f"error: losses.autoencoder.file: {file}: {said}")
+    assert "teacher: val mIoU" not in outcome.text  # before the teacher is evaluated
     assert "Traceback" not in outcome.text
+
+
+def test_file_that_no_term_uses(forks: Forks, teacher: Path, whole: Path, tmp_path: Path) -> None:
+    settings = [f"run_dir={tmp_path / 'run'}", "data.scenes=8", f"losses.autoencoder.file={whole}"]
+    outcome = completed(forks.script("distill.py", str(teacher), *settings), 2)
+    assert "error: losses.autoencoder.file: no term uses it" in outcome.text
