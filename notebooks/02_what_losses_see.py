@@ -17,7 +17,8 @@
 #
 # Each term of the catalogue looks at something else. This notebook takes a teacher, a student and one scene, and
 # draws what the terms compare there, so that one sees where each would send its gradient. `make demo` makes the
-# two runs that it takes by default; `RUNS` names another folder with a `teacher` in it, `SCENE` another scene.
+# runs that it takes by default; `RUNS` names another folder with a `teacher` in it, `STUDENT` the student's run in it
+# (else `distilled`, or the first beside the teacher), `SCENE` another scene. White is unlabelled.
 
 # %%
 import os
@@ -40,11 +41,15 @@ from losses.supervised import boundary_weight, lovasz
 from losses.term import resize
 from models import load_model
 
-RUNS = Path(os.environ.get("RUNS", HOUSE / "runs" / "demo"))
+RUNS = HOUSE / os.environ.get("RUNS", "runs/demo")
 SCENE = int(os.environ.get("SCENE", "0"))
-others = sorted(p.parent.name for p in RUNS.glob("*/results.json") if p.parent.name != "teacher")
-assert others, f"{RUNS}: no runs; call `make demo`, or set RUNS to a folder of runs"
-teacher, student = load_model(RUNS / "teacher/best").eval(), load_model(RUNS / others[0] / "best").eval()
+found = sorted((p.parent.name for p in RUNS.glob("*/results.json")), key=lambda name: (name != "distilled", name))
+STUDENT = os.environ.get("STUDENT", next((name for name in found if name != "teacher"), ""))
+assert "teacher" in found and STUDENT in found, (
+    f"{RUNS}: no run `teacher` with another beside it; call `make demo`"
+)
+teacher, student = load_model(RUNS / "teacher/best").eval(), load_model(RUNS / STUDENT / "best").eval()
+print(f"teacher: {RUNS / 'teacher'}, student: {RUNS / STUDENT}, scene {SCENE}")
 
 config = OmegaConf.load(RUNS / "teacher/config.yaml")
 data = build_dataset(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), config.data)), "val")
@@ -90,7 +95,7 @@ pictures = {
     "labels": overlay(image, labels[0], colours),
     "teacher's errors": error_map(t[0].argmax(0), labels[0], image),
     "student's errors": error_map(s[0].argmax(0), labels[0], image),
-    "kd: T² KL": only(kd.sqrt()),
+    "kd: √(T² KL)": only(kd.sqrt()),
     "wsl: weight": only(wsl),
     "dist: 1 - correlation over classes": only(dist),
     "confidence_penalty: the teacher's entropy": only(entropy),
@@ -132,7 +137,8 @@ for name, logits in (("teacher", t), ("student", s)):
     where = (logits[0, thing] / 4).flatten().softmax(0).view(logits.shape[-2:])
     pictures[f"cwd: {data.labels.names[thing]}, {name}"] = where.numpy()
 for name, features in models.items():
-    pictures[f"attention_transfer: {name}"] = features[0].square().mean(0).sqrt().numpy()
+    energy = features[0].square().mean(0)
+    pictures[f"attention_transfer: {name}"] = (energy / energy.norm()).numpy()
 for name, features in models.items():
     pictures[f"affinity: {name}, to ★"] = similarity_to(resize(features, (height, width)), *spot)
 for name, features in models.items():
@@ -140,7 +146,7 @@ for name, features in models.items():
 leaf = ours.logits.clone().requires_grad_()
 for name, loss in (("lovasz", lovasz(leaf, labels)), ("bpkd", bpkd(leaf, theirs.logits, labels))):
     (gradient,) = torch.autograd.grad(loss, leaf)
-    pictures[f"{name}: gradient"] = gradient[0].norm(dim=0).sqrt().numpy()
+    pictures[f"{name}: √ of the gradient's norm"] = gradient[0].norm(dim=0).sqrt().numpy()
 
 # %%
 columns = 4
@@ -150,7 +156,9 @@ figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, tall * rows),
 for axis in axes.flat:
     axis.axis("off")
 for axis, (title, picture) in zip(axes.flat, pictures.items(), strict=False):
-    axis.imshow(picture, cmap=None if picture.ndim == 3 else "magma", interpolation="nearest")
+    pair = [p for t, p in pictures.items() if t.split(":")[0] == title.split(":")[0]]  # on one scale
+    low, high = (min(map(np.nanmin, pair)), max(map(np.nanmax, pair))) if picture.ndim == 2 else (None, None)
+    axis.imshow(picture, "magma" if picture.ndim == 2 else None, vmin=low, vmax=high, interpolation="nearest")
     axis.set_title(title, fontsize=10)
     if "★" in title:
         axis.plot(spot[1], spot[0], marker="*", color="cyan", markersize=9)
