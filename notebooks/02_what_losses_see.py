@@ -17,8 +17,8 @@
 #
 # Each term of the catalogue looks at something else. This notebook takes a teacher, a student and one scene, and
 # draws what the terms compare there, so that one sees where each would send its gradient. `make demo` makes the
-# runs that it takes by default; `RUNS` names another folder with a `teacher` in it, `STUDENT` the student's run in it
-# (else `distilled`, or the first beside the teacher), `SCENE` another scene. White is unlabelled.
+# runs that it takes by default; `RUNS` names another folder with a `teacher` in it, `STUDENT` the student's run in
+# it (else `distilled`, or the first beside the teacher), `SCENE` another scene. White is unlabelled.
 
 # %%
 import os
@@ -45,9 +45,7 @@ RUNS = HOUSE / os.environ.get("RUNS", "runs/demo")
 SCENE = int(os.environ.get("SCENE", "0"))
 found = sorted((p.parent.name for p in RUNS.glob("*/results.json")), key=lambda name: (name != "distilled", name))
 STUDENT = os.environ.get("STUDENT", next((name for name in found if name != "teacher"), ""))
-assert "teacher" in found and STUDENT in found, (
-    f"{RUNS}: no run `teacher` with another beside it; call `make demo`"
-)
+assert {"teacher", STUDENT} <= set(found), f"{RUNS}: no run `teacher` with another beside it; call `make demo`"
 teacher, student = load_model(RUNS / "teacher/best").eval(), load_model(RUNS / STUDENT / "best").eval()
 print(f"teacher: {RUNS / 'teacher'}, student: {RUNS / STUDENT}, scene {SCENE}")
 
