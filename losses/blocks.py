@@ -290,6 +290,12 @@ def blocked_mean(
     return total / safe(mask.sum(), total)
 
 
+def counted_pixels(labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Which pixels count, and the labels with 0 in place of void."""
+    labelled = labels != IGNORE_INDEX
+    return labelled if mask is None else labelled & mask, torch.where(labelled, labels, 0)
+
+
 def everywhere(maps: Tensor) -> Tensor:
     """The mask [B, h, w] of all positions of [B, C, h, w]."""
     return torch.ones_like(maps[:, 0], dtype=torch.bool)

@@ -20,6 +20,7 @@ from losses.blocks import (
     PixelTermConfig,
     blocked_mean,
     blocked_sum,
+    counted_pixels,
     everywhere,
     safe,
     upsampled_blocks,
@@ -222,13 +223,7 @@ def wsl(
     def pixels(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return _weighted_divergence(student, teacher, target, temperature)
 
-    return blocked_mean(pixels, student_logits, teacher_logits, *_counted(labels, mask))
-
-
-def _counted(labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which pixels count, and the labels with 0 in place of void."""
-    labelled = labels != IGNORE_INDEX
-    return labelled if mask is None else labelled & mask, torch.where(labelled, labels, 0)
+    return blocked_mean(pixels, student_logits, teacher_logits, *counted_pixels(labels, mask))
 
 
 def _weighted_divergence(student: Tensor, teacher: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -273,7 +268,7 @@ def dkd(
     def pixels(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return _decoupled(student, teacher, target, temperature, alpha, beta)
 
-    return blocked_mean(pixels, student_logits, teacher_logits, *_counted(labels, mask))
+    return blocked_mean(pixels, student_logits, teacher_logits, *counted_pixels(labels, mask))
 
 
 def _decoupled(

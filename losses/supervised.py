@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import ConfigurationError
-from losses.blocks import ImageTerm, PixelTerm, PixelTermConfig, blocked_mean, blocked_sum, safe, upsampled_blocks
+from losses.blocks import (
+    ImageTerm,
+    PixelTerm,
+    PixelTermConfig,
+    blocked_mean,
+    blocked_sum,
+    counted_pixels,
+    safe,
+    upsampled_blocks,
+)
 from losses.term import IGNORE_INDEX, Context, ModelOutput, TermConfig, full_precision
 
 
@@ -125,13 +134,7 @@ def focal(logits: Tensor, labels: Tensor, *, gamma: float = 2.0) -> Tensor:
     def pixels(ours: Tensor, theirs: None, target: Tensor) -> Tensor:
         return _focal(ours, target, gamma)
 
-    return blocked_mean(pixels, logits, None, *_counted(labels))
-
-
-def _counted(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Which pixels count, and the labels with 0 in place of void."""
-    labelled = labels != IGNORE_INDEX
-    return labelled, torch.where(labelled, labels, 0)
+    return blocked_mean(pixels, logits, None, *counted_pixels(labels))
 
 
 def _focal(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
@@ -234,7 +237,7 @@ def ohem(logits: Tensor, labels: Tensor, *, threshold: float = 0.7, least: float
     Returns:
         A scalar, at least float32; 0, with a zero gradient, without a labelled pixel. Differentiable once.
     """
-    labelled, target = _counted(labels)
+    labelled, target = counted_pixels(labels)
     kept = _hardest(logits, labelled, target, threshold, least)
     number = kept.sum((1, 2), keepdim=True).clamp(min=1)
     weight = full_precision(kept.to(logits.dtype)) / (max(1, len(logits)) * number)
@@ -405,7 +408,7 @@ class Boundary(Supervised):
         weight = boundary_weight(labels, self.strength, self.width)
         if self.class_weights is None:
             return weight
-        return weight * self.class_weights.to(weight)[_counted(labels)[1]]
+        return weight * self.class_weights.to(weight)[counted_pixels(labels)[1]]
 
     def forward(
         self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
