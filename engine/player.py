@@ -131,7 +131,8 @@ class Player:
 
     def retire(self) -> None:
         """Takes it out of what Accelerate holds and unscales, when its part is played."""
-        self.accelerator._models.remove(self.wrapped)
+        held = self.accelerator._models
+        held[:] = [model for model in held if model is not self.wrapped and model is not self.learner]
         self.accelerator._optimizers.remove(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
