@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from errors import ConfigurationError
+from losses.blocks import keep_gradient, scale_gradient
 from losses.features import FeatureTerm
 from losses.term import (
     IGNORE_INDEX,
@@ -98,19 +99,71 @@ def affinity(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) ->
     Returns:
         A scalar, at least float32. The squared norms are added up in float64: near a perfect student they cancel.
     """
-    unit_BSN = unit_vectors(student, mask)
-    unit_BTN = unit_vectors(teacher.detach(), mask)
-    positions = unit_BSN.shape[-1] if mask is None else mask.flatten(1).sum(1).clamp(min=1)
-
+    positions = student[0, 0].numel() if mask is None else mask.flatten(1).sum(1).clamp(min=1)
     with torch.autocast(student.device.type, enabled=False):
-        if unit_BSN.shape[-1] <= min(unit_BSN.shape[1], unit_BTN.shape[1]):
+        squared = _AffinityDistance.apply(student, teacher.detach(), mask)
+    return (squared / positions**2).mean().to(full_precision(student).dtype)
+
+
+class _AffinityDistance(torch.autograd.Function):
+    """`||A_s - A_t||²` of each image: float64 [B], from Gram matrices, a block of positions at a time.
+
+    Of columns, the gradient with respect to a block of Ŝ is `4 (Ŝ Ŝᵀ) Ŝ - 4 (Ŝ T̂ᵀ) T̂`, and goes on through the
+    division by the columns' lengths. Neither Ŝ nor T̂ ever exists whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        flat_BSN, flat_BTN = student.flatten(2), teacher.flatten(2)
+        counted_BN = None if mask is None else mask.flatten(1)
+        step = max(1, block_elements(student.device) // (len(flat_BSN) * flat_BSN.shape[1]))
+        blocks = [slice(start, start + step) for start in range(0, flat_BSN.shape[2], step)]
+
+        def units(flat_BDN: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+            """Columns of unit length (0 where one is zero or not counted), and 1 / their lengths likewise."""
+            part = full_precision(flat_BDN[:, :, block])
+            squared = part.square().sum(1, keepdim=True)
+            nonzero = squared > torch.finfo(part.dtype).tiny
+            if counted_BN is not None:
+                nonzero = nonzero & counted_BN[:, None, block]
+            inverse = torch.where(nonzero, torch.where(nonzero, squared, 1.0).rsqrt(), 0.0)
+            return part * inverse, inverse
+
+        def unpull(pull: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+            """The gradient of the features, from a quarter of that of their unit vectors."""
+            along = (pull * unit).sum(1, keepdim=True)
+            return pull.sub_(unit.mul_(along)).mul_(4 * inverse)
+
+        if flat_BSN.shape[2] <= min(flat_BSN.shape[1], flat_BTN.shape[1]):  # the direct form is the smaller one
+            (unit_BSN, inverse), (unit_BTN, _) = (units(flat, slice(None)) for flat in (flat_BSN, flat_BTN))
             difference_BNN = unit_BSN.mT @ unit_BSN - unit_BTN.mT @ unit_BTN
-            squared = _squared_norm(difference_BNN)
-        else:
-            # The gradient of the three norms is 4 Ŝ (ŜᵀŜ) - 4 T̂ (T̂ᵀŜ), again without a matrix of N×N.
-            squared = _squared_norm(unit_BSN @ unit_BSN.mT) + _squared_norm(unit_BTN @ unit_BTN.mT)
-            squared = squared - 2 * _squared_norm(unit_BSN @ unit_BTN.mT)
-    return (squared / positions**2).mean().to(unit_BSN.dtype)
+            if ctx.needs_input_grad[0]:
+                keep_gradient(
+                    ctx, unpull(unit_BSN @ difference_BNN, unit_BSN, inverse).view(student.shape), student
+                )
+            return _squared_norm(difference_BNN)
+
+        ours: Tensor | float = 0.0
+        theirs: Tensor | float = 0.0
+        across: Tensor | float = 0.0
+        for block in blocks:
+            (unit_BSn, _), (unit_BTn, _) = units(flat_BSN, block), units(flat_BTN, block)
+            ours = ours + unit_BSn @ unit_BSn.mT
+            theirs = theirs + unit_BTn @ unit_BTn.mT
+            across = across + unit_BSn @ unit_BTn.mT
+        assert isinstance(ours, Tensor) and isinstance(theirs, Tensor) and isinstance(across, Tensor)  # noqa: PT018
+        if ctx.needs_input_grad[0]:
+            gradient = torch.empty_like(flat_BSN, dtype=full_precision(flat_BSN[:1, :1, :1]).dtype)
+            for block in blocks:
+                (unit_BSn, inverse), (unit_BTn, _) = units(flat_BSN, block), units(flat_BTN, block)
+                gradient[:, :, block] = unpull(ours @ unit_BSn - across @ unit_BTn, unit_BSn, inverse)
+            keep_gradient(ctx, gradient.view(student.shape), student)
+        return _squared_norm(ours) + _squared_norm(theirs) - 2 * _squared_norm(across)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor, None, None]:
+        return scale_gradient(ctx, grad_B[:, None, None, None]), None, None
 
 
 def unit_vectors(features: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -191,19 +244,45 @@ def ifvd(student: Tensor, teacher: Tensor, labels: Tensor, *, classes: int | Non
     every_C = torch.arange(classes or int(target_BN.max()) + 1, device=labels.device)
     member_BNC = (target_BN[..., None] == every_C) & labelled_BN[..., None]
     with torch.autocast(student.device.type, enabled=False):
-        difference_BN = _class_similarity(student, target_BN, member_BNC)
-        difference_BN = difference_BN - _class_similarity(teacher.detach(), target_BN, member_BNC)
+        difference_BN = _ClassSimilarity.apply(student, target_BN, member_BNC)
+        difference_BN = difference_BN - _ClassSimilarity.apply(teacher.detach(), target_BN, member_BNC)
     squared_BN = torch.where(labelled_BN, difference_BN.square(), 0.0)
     return (squared_BN.sum(1) / labelled_BN.sum(1).clamp(min=1)).mean()
 
 
-def _class_similarity(features: Tensor, target_BN: Tensor, member_BNC: Tensor) -> Tensor:
-    """Cosine [B, N] of each position with the mean over its class in its image."""
-    flat_BDN = full_precision(features).flatten(2)
-    sums_BCD = (flat_BDN @ member_BNC.to(flat_BDN)).mT
-    dots_BN = (sums_BCD @ flat_BDN).gather(1, target_BN[:, None])[:, 0]
-    of_means_BN = torch.linalg.vector_norm(sums_BCD, dim=2).gather(1, target_BN)
-    return dots_BN * _inverse(torch.linalg.vector_norm(flat_BDN, dim=1)) * _inverse(of_means_BN)
+class _ClassSimilarity(torch.autograd.Function):
+    """Cosine [B, N] of each position with the mean over its class in its image, and its gradient in one product.
+
+    With the sums m of the classes, lengths a of features and b of sums, and what arrives g, the gradient of f_n is
+
+        g_n (m / (a_n b) - cos_n f_n / a_n²) + h,    h = sum over the class of g_i (f_i / (a_i b) - cos_i m / b²).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, target_BN: Tensor, member_BNC: Tensor) -> Tensor:
+        flat_BDN = full_precision(features).flatten(2)
+        member_BNC = member_BNC.to(flat_BDN)
+        sums_BDC = flat_BDN @ member_BNC
+        dots_BN = (sums_BDC.mT @ flat_BDN).gather(1, target_BN[:, None])[:, 0]
+        inverse_BN = _inverse(torch.linalg.vector_norm(flat_BDN, dim=1))
+        of_sums_BC = _inverse(torch.linalg.vector_norm(sums_BDC, dim=1))
+        cosines_BN = dots_BN * inverse_BN * of_sums_BC.gather(1, target_BN)
+        ctx.save_for_backward(features, member_BNC, sums_BDC, inverse_BN, of_sums_BC, cosines_BN)
+        return cosines_BN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BN: Tensor) -> tuple[Tensor, None, None]:
+        features, member_BNC, sums_BDC, inverse_BN, of_sums_BC, cosines_BN = ctx.saved_tensors
+        flat_BDN = full_precision(features).flatten(2)
+        share_BNC = member_BNC * of_sums_BC[:, None]  # the position's class, over the length of its sum
+        pulled_BC = (member_BNC.mT @ (grad_BN * cosines_BN)[..., None])[..., 0] * of_sums_BC.square()
+        spread_BDC = flat_BDN @ (share_BNC * (grad_BN * inverse_BN)[..., None])
+        spread_BDC = spread_BDC - sums_BDC * pulled_BC[:, None]
+        own_BNC = share_BNC * (grad_BN * inverse_BN)[..., None]
+        gradient = torch.cat([sums_BDC, spread_BDC], 2) @ torch.cat([own_BNC, member_BNC], 2).mT
+        gradient.addcmul_(flat_BDN, -(grad_BN * cosines_BN * inverse_BN.square())[:, None])
+        return gradient.view(features.shape).to(features.dtype), None, None
 
 
 def _inverse(length: Tensor) -> Tensor:
