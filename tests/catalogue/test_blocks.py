@@ -82,7 +82,9 @@ def test_sums(
 
 
 @pytest.mark.parametrize("native", [(2, 3), (5, 7)])
-@pytest.mark.parametrize("options", [{}, {"finish": ratio}, {"whole_images": True}], ids=["sum", "finish", "whole images"])
+@pytest.mark.parametrize(
+    "options", [{}, {"finish": ratio}, {"whole_images": True}], ids=["sum", "finish", "whole images"]
+)
 def test_gradcheck(
     monkeypatch: pytest.MonkeyPatch, native: tuple[int, int], options: dict[str, Callable[[Tensor], Tensor]]
 ) -> None:
