@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from omegaconf import OmegaConf
 
 from engine.checkpoint import recover_folder
@@ -177,7 +177,10 @@ def start_accelerator(train: TrainConfig) -> Accelerator:
         torch.use_deterministic_algorithms(True)
     if train.threads:
         torch.set_num_threads(train.threads)
-    accelerator = Accelerator(cpu=not cuda, mixed_precision="no" if train.precision == "fp32" else train.precision)
+    # On GPUs synchronised batch-norm keeps its statistics equal; on CPUs each step takes those of process 0.
+    buffers = DistributedDataParallelKwargs(broadcast_buffers=not cuda)
+    precision = "no" if train.precision == "fp32" else train.precision
+    accelerator = Accelerator(cpu=not cuda, mixed_precision=precision, kwargs_handlers=[buffers])
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != asked:
         raise ConfigurationError(
@@ -285,6 +288,12 @@ def read_json(path: Path) -> Any:
 
 
 def best_folder(run_dir: str | Path) -> Path:
-    """The weights of a run directory; a model's own folder is taken as it is."""
+    """The weights of a run directory; a model's own folder is taken as it is.
+
+    Raises:
+        ConfigurationError: the run has not been evaluated yet, so it has none.
+    """
     folder = Path(run_dir)
+    if (folder / "config.yaml").exists() and not (folder / "best").is_dir():
+        raise ConfigurationError(f"{folder}: holds no weights yet (no best/); finish the run, or name another")
     return folder / "best" if (folder / "best").is_dir() else folder

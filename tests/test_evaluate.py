@@ -44,6 +44,13 @@ def test_comparison(forks: Forks, runs: list[Path], tmp_path: Path) -> None:
         assert len(list((run / "images").glob("val_*.png"))) == 1
 
 
+def test_a_run_without_weights_yet(forks: Forks, runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
+    outcome = forks.script("evaluate.py", str(tmp_path))
+    assert outcome.code == 2
+    assert f"error: {tmp_path}: holds no weights yet (no best/); finish the run" in outcome.text
+
+
 def test_without_a_run(forks: Forks) -> None:
     outcome = forks.script("evaluate.py")
     assert outcome.code == 2
