@@ -18,7 +18,7 @@ from engine.teachers import OfflineTeacher, TeacherConfig
 from engine.tracking import TrackingConfig
 from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
-from losses.latent import AutoencoderConfig, Latents, Reconstruction
+from losses.latent import Latents, Reconstruction
 from losses.logits import KDConfig
 from models import ModelConfig, SegmentationModel, build_model, fingerprint, load_model
 
@@ -61,7 +61,6 @@ def main(config: Config) -> None:
             class_weights=train.class_weights,
             total_steps=steps,
         )
-        check_autoencoder(config.losses.autoencoder, objective.latents)
         run.describe(student, objective, train, teacher)
         offline = OfflineTeacher(teacher, run.accelerator.device, run.accelerator.autocast)
         taken = take_latents(run, objective.latents, config, teacher)
@@ -92,20 +91,18 @@ def announce(run: Run, teacher: SegmentationModel, val: object) -> None:
     run.say(f"teacher: val mIoU {100 * scored['miou']:.2f} %")
 
 
-def check_autoencoder(config: AutoencoderConfig, latents: Latents) -> None:
-    """Raises ConfigurationError where a file is named that no term would use."""
-    if config.file and not latents.taps:
+def take_latents(run: Run, latents: Latents, config: Config, teacher: SegmentationModel) -> bool:
+    """Takes the encoders of knowledge adaptation from the file that is named; False if they must be trained."""
+    file = config.losses.autoencoder.file
+    if file and not latents.taps:
         raise ConfigurationError(
             "losses.autoencoder.file: no term uses it; add say losses.kta={}, or leave it out"
         )
-
-
-def take_latents(run: Run, latents: Latents, config: Config, teacher: SegmentationModel) -> bool:
-    """Encoders of knowledge adaptation from the file that is named; False where none is needed or named."""
+    if not latents.taps:
+        return True
     latents.made_for["teacher"] = fingerprint(teacher)
-    file = config.losses.autoencoder.file
     if not file:
-        return not latents.taps
+        return False
     path = Path(file) / "autoencoder.safetensors" if Path(file).is_dir() else Path(file)
     load_weights(latents.encoders, path, latents.made_for, run, "losses.autoencoder.file")
     return True

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -68,25 +68,14 @@ def fit(
     ]
     progress = Progress()
     restore(run, players, progress)
-    loader = train.train_loader(
-        batch_size=config.batch_size,
-        seed=run.seed,
-        start_step=progress.step,
-        steps=total,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        accumulate=config.accumulate,
-        workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    stream = iter(loader)
+    stream = batches(run, train, config, progress.step, workers)
     clock = time.perf_counter()
     scored: dict[str, Any] = {}
 
     with tqdm(initial=progress.step, total=total, unit="step", desc=run.folder.name, dynamic_ncols=True) as bar:
         while progress.step < total:
             step = progress.step
-            parts = [to_device(next(stream), accelerator.device) for _ in range(config.accumulate)]
+            parts = next(stream)
             values, terminated = train_step(run, players[0], parts, step, total, teacher)
             for player in players[1:]:
                 if player.learner.active(step):
@@ -129,6 +118,30 @@ def fit(
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_seconds": round(progress.seconds, 1),
     }
+
+
+def batches(
+    run: "Run", train: TrainingData, config: TrainConfig, start_step: int, workers: int
+) -> Iterator[list[Any]]:
+    """This process's share of each step's batch from `start_step` on, as its accumulated parts, on the device."""
+    accelerator = run.accelerator
+    loader = train.train_loader(
+        batch_size=config.batch_size,
+        seed=run.seed,
+        start_step=start_step,
+        steps=config.total_steps(train),
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulate=config.accumulate,
+        workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    stream = iter(loader)  # its workers start here
+
+    def parts() -> list[Any]:
+        return [to_device(next(stream), accelerator.device) for _ in range(config.accumulate)]
+
+    return (parts() for _ in range(start_step, config.total_steps(train)))
 
 
 def train_step(

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.checkpoint import sync
-from engine.loop import Teacher, TrainingData, to_device, train_step
+from engine.loop import Teacher, TrainingData, batches, train_step
 from engine.player import Player, TrainConfig
 from engine.run import Run, on_main_process
 from errors import ConfigurationError, DamagedFileError, Terminated
@@ -39,24 +39,11 @@ def train_stage(
         return
     if run.is_main:
         run.metrics.rewind(-1)
-    accelerator = run.accelerator
-    player = Player(learner, config, accelerator)
+    player = Player(learner, config, run.accelerator)
     total = config.total_steps(train)
-    loader = train.train_loader(
-        batch_size=config.batch_size,
-        seed=run.seed,
-        start_step=0,
-        steps=total,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        accumulate=config.accumulate,
-        workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    stream = iter(loader)
+    stream = batches(run, train, config, 0, workers)
     values: dict[str, float] = {}
-    for step in tqdm(range(total), unit="step", desc=name, dynamic_ncols=True):
-        parts = [to_device(next(stream), accelerator.device) for _ in range(config.accumulate)]
+    for step, parts in enumerate(tqdm(stream, total=total, unit="step", desc=name, dynamic_ncols=True)):
         values, terminated = train_step(run, player, parts, step, total, teacher)
         if step == 0 or (step + 1) % config.log_every == 0 or step + 1 == total:
             run.log(0, 0, name, {"stage_step": step + 1, **values})
@@ -70,7 +57,7 @@ def train_stage(
         os.replace(temporary, path)
         sync(run.folder)
     player.retire()
-    accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
     shown = ", ".join(f"{key} {value:.3g}" for key, value in values.items() if key.endswith("error"))
     run.say(f"{name}: {total} steps, {shown}; written: {path}")
 

@@ -43,8 +43,8 @@ def blocked_sum(
 
     `function(student [B, C, R, W], teacher [B, C, R, W] or None, *maps [B, ..., R, W])` is written in plain
     PyTorch and returns the block's sums, a tensor of a fixed shape; they are added up over the blocks in float64.
-    Without `finish` the total is a scalar and the loss. With it the loss is `finish(total)`, of moments say (Dice,
-    DIST), and the blocks are gone through twice: for the totals, and then for the gradient, which is that of
+    Without `finish` the total is a scalar and the loss. With it the loss is `finish(total)`, of overlaps say
+    (Dice), and the blocks are gone through twice: for the totals, and then for the gradient, which is that of
     `function` with what `finish` sends back to each total.
 
     Args:
@@ -330,8 +330,7 @@ class PixelTerm(Term):
         self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
     ) -> Tensor:
         def block(ours: Tensor, theirs: Tensor | None, labels: Tensor) -> Tensor:
-            labelled = labels != IGNORE_INDEX
-            target = torch.where(labelled, labels, 0)
+            labelled, target = counted_pixels(labels)
             values = torch.where(labelled, self.pixels(ours, theirs, target), 0.0)
             if self.class_weights is not None:
                 values = values * self.class_weights.to(values)[target]

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from errors import ConfigurationError
+from losses.features import FeatureTerm
 from losses.relations import block_elements, labels_at, row_divergence, unit_vectors
 from losses.term import (
     IGNORE_INDEX,
     BatchNorm,
     Context,
     ModelOutput,
+    TapsConfig,
     Term,
     TermConfig,
-    check_taps,
     full_precision,
     pair_taps,
     resize,
@@ -265,11 +266,9 @@ class CIRKDMemory(Term):
 
 
 @dataclass
-class AfDCDConfig(TermConfig):
+class AfDCDConfig(TapsConfig):
     """Augmentation-free dense contrastive distillation (Fan et al. 2023): a patch's pieces against one another."""
 
-    taps: list[str] = field(default_factory=lambda: ["bottleneck"])
-    """Where to compare: a list of `tap`, or `student_tap:teacher_tap`."""
     contrast_weight: float = 0.005
     """Factor of the contrast (Cityscapes; the authors have 0.01 for CamVid)."""
     feature_weight: float = 0.016
@@ -287,7 +286,6 @@ class AfDCDConfig(TermConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_taps("af_dcd", self.taps)
         if not 0 <= self.mask_ratio < 1:
             raise ConfigurationError(
                 f"losses.af_dcd.mask_ratio: {self.mask_ratio} is not in [0, 1); give say 0.75"
@@ -363,7 +361,7 @@ class _PatchContrast(torch.autograd.Function):
         return gradient * grad_loss, None, None, None
 
 
-class AfDCD(Term):
+class AfDCD(FeatureTerm):
     """`af_dcd` between the teacher's features and those generated from the student's, and their squared error.
 
     The student's map goes through a 1×1 convolution to the teacher's width, random positions are blanked, and two
@@ -374,41 +372,34 @@ class AfDCD(Term):
     """
 
     def __init__(self, config: AfDCDConfig, context: Context) -> None:
-        super().__init__()
+        super().__init__(config, context)
         self.config = config
-        self.pairs = pair_taps("af_dcd", config.taps, context)
-        self.student_taps, self.teacher_taps = [s for s, _ in self.pairs], [t for _, t in self.pairs]
-        known, taught = context.student, context.taught("af_dcd")
-        for _, theirs in self.pairs:
-            if taught[theirs].channels % config.groups:
+        for (_, theirs), (_, width) in zip(self.pairs, self.widths, strict=True):
+            if width % config.groups:
                 raise ConfigurationError(
-                    f"losses.af_dcd.groups: {config.groups} is no divisor of the {taught[theirs].channels} "
+                    f"losses.af_dcd.groups: {config.groups} is no divisor of the {width} "
                     f"channels of the teacher's {theirs}; give one that is"
                 )
-        self.adapters = nn.ModuleList(nn.Conv2d(known[s].channels, taught[t].channels, 1) for s, t in self.pairs)
+        self.adapters = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in self.widths)
         self.generators = nn.ModuleList(
             nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
-            for width in (taught[t].channels for _, t in self.pairs)
+            for _, width in self.widths
         )
 
-    def forward(
-        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
-    ) -> Tensor:
-        assert teacher is not None
-        config, total = self.config, torch.zeros((), device=labels.device)
-        for (ours, theirs), adapter, generator in zip(self.pairs, self.adapters, self.generators, strict=True):
-            aligned = adapter(student.features[ours])
-            blank = torch.rand(len(aligned), 1, *aligned.shape[-2:], device=aligned.device) < config.mask_ratio
-            made = full_precision(generator(aligned.masked_fill(blank, 0.0)))
-            taught = resize(full_precision(teacher.features[theirs].detach()), (made.shape[-2], made.shape[-1]))
-            contrast = af_dcd(
-                made,
-                taught,
-                groups=config.groups,
-                pool=config.pool,
-                patch=config.patch,
-                temperature=config.temperature,
-            )
-            error = (made - taught).square().sum(1).mean()
-            total = total + config.contrast_weight * contrast + config.feature_weight * error
-        return total * (len(labels) / len(self.pairs) / denominator).to(total)
+    def project(self, pair: int, features: Tensor) -> Tensor:
+        aligned = self.adapters[pair](features)
+        blank = torch.rand(len(aligned), 1, *aligned.shape[-2:], device=aligned.device) < self.config.mask_ratio
+        return full_precision(self.generators[pair](aligned.masked_fill(blank, 0.0)))
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        config = self.config
+        contrast = af_dcd(
+            student,
+            teacher,
+            groups=config.groups,
+            pool=config.pool,
+            patch=config.patch,
+            temperature=config.temperature,
+        )
+        error = (student - teacher).square().sum(1).mean()
+        return config.contrast_weight * contrast + config.feature_weight * error

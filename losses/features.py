@@ -13,6 +13,7 @@ from losses.term import (
     Context,
     FeatureTermConfig,
     ModelOutput,
+    TapsConfig,
     Term,
     full_precision,
     mask_of,
@@ -84,7 +85,7 @@ def fitnet(student_features: Tensor, teacher_features: Tensor, *, mask: Tensor |
         mask: boolean [B, h, w], True where a position counts.
     """
     student, teacher = full_precision(student_features), full_precision(teacher_features.detach())
-    return _image_means((student - teacher).square().mean(1), mask).mean()
+    return image_means((student - teacher).square().mean(1), mask).mean()
 
 
 def attention_transfer(
@@ -108,7 +109,7 @@ def attention_transfer(
         return F.normalize(energy.flatten(1), eps=1e-6).view_as(energy)
 
     difference = attention(student_features) - attention(teacher_features.detach())
-    return _image_means(difference.square(), mask).mean()
+    return image_means(difference.square(), mask).mean()
 
 
 def hierarchical_context(
@@ -151,7 +152,7 @@ def _pool(maps: Tensor, size: int) -> Tensor:
     return means(maps.shape[-2]) @ maps @ means(maps.shape[-1]).mT
 
 
-def _image_means(values: Tensor, mask: Tensor | None) -> Tensor:
+def image_means(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over the counted positions of each image: [B, h, w] -> [B]; 0 where none counts."""
     if mask is None:
         return values.mean((1, 2))
@@ -167,12 +168,12 @@ class FeatureTerm(Term):
 
     function: Callable[..., Tensor]
 
-    def __init__(self, config: FeatureTermConfig, context: Context) -> None:
+    def __init__(self, config: TapsConfig, context: Context) -> None:
         super().__init__()
         self.name = term_name(type(config))
         self.pairs = pair_taps(self.name, config.taps, context)
         self.student_taps, self.teacher_taps = [s for s, _ in self.pairs], [t for _, t in self.pairs]
-        self.labelled_only = config.labelled_only
+        self.labelled_only = isinstance(config, FeatureTermConfig) and config.labelled_only
         teacher = context.taught(self.name)
         self.widths = [(context.student[s].channels, teacher[t].channels) for s, t in self.pairs]
 
@@ -184,6 +185,11 @@ class FeatureTerm(Term):
         """The mean over images for one pair."""
         return type(self).function(student, teacher, mask=mask)
 
+    def compare_labelled(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """`compare` with a mask from the labels if one is wanted; a term may look at the labels themselves."""
+        size = (student.shape[-2], student.shape[-1])
+        return self.compare(student, teacher, mask_of(labels, size) if self.labelled_only else None)
+
     def forward(
         self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
     ) -> Tensor:
@@ -191,10 +197,8 @@ class FeatureTerm(Term):
         for pair in range(len(self.pairs)):
             ours, theirs = self.maps(pair, student, teacher)
             features = self.project(pair, ours)
-            size = (features.shape[-2], features.shape[-1])
-            mask = mask_of(labels, size) if self.labelled_only else None
-            taught = resize(full_precision(theirs), size)
-            total = total + self.compare(features, taught, mask)
+            taught = resize(full_precision(theirs), (features.shape[-2], features.shape[-1]))
+            total = total + self.compare_labelled(features, taught, labels)
         return total * (len(labels) / len(self.pairs) / denominator).to(total)
 
     def maps(self, pair: int, student: ModelOutput, teacher: ModelOutput | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from errors import ConfigurationError
 from losses.blocks import safe
-from losses.features import FeatureTerm
+from losses.features import FeatureTerm, image_means
 from losses.relations import affinity
 from losses.term import BatchNorm, Context, FeatureTermConfig, ModelOutput, full_precision
 
@@ -90,10 +90,7 @@ def adaptation(
         return torch.where(nonzero, features / torch.where(nonzero, norm, 1.0), 0.0)
 
     difference = unit(student_features) - unit(teacher_features.detach())
-    distance = torch.linalg.vector_norm(difference, ord=p, dim=1)
-    if mask is None:
-        return distance.mean()
-    return (torch.where(mask, distance, 0.0).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)).mean()
+    return image_means(torch.linalg.vector_norm(difference, ord=p, dim=1), mask).mean()
 
 
 def conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:

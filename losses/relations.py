@@ -22,13 +22,8 @@ from losses.term import (
     IGNORE_INDEX,
     Context,
     FeatureTermConfig,
-    ModelOutput,
-    Term,
-    TermConfig,
-    check_taps,
+    TapsConfig,
     full_precision,
-    pair_taps,
-    resize,
 )
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of a block of similarities
@@ -52,17 +47,13 @@ class PairwiseConfig(FeatureTermConfig):
 
 
 @dataclass
-class IFVDConfig(TermConfig):
+class IFVDConfig(TapsConfig):
     """Intra-class feature variation (Wang et al. 2020): how like its class's mean feature each position is."""
 
     weight: float = 20.0
     """Factor of the term in the total loss (CIRKD's authors' figure; Wang et al.'s own code has 200)."""
     taps: list[str] = field(default_factory=lambda: ["decoder.2"])
     """Where to compare, `tap` or `student_tap:teacher_tap`; the default is what a UNet of depth 3 classifies."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_taps("ifvd", self.taps)
 
 
 @dataclass
@@ -296,26 +287,15 @@ def labels_at(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(labels[:, None].float(), size=size, mode="nearest")[:, 0].long()
 
 
-class IFVD(Term):
+class IFVD(FeatureTerm):
     """`ifvd` over the configured pairs, the teacher's map brought to the student's resolution: their mean."""
 
     def __init__(self, config: IFVDConfig, context: Context) -> None:
-        super().__init__()
-        self.pairs = pair_taps("ifvd", config.taps, context)
-        self.student_taps, self.teacher_taps = [s for s, _ in self.pairs], [t for _, t in self.pairs]
+        super().__init__(config, context)
         self.classes = context.classes or None
 
-    def forward(
-        self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
-    ) -> Tensor:
-        assert teacher is not None
-        total = torch.zeros((), device=labels.device)
-        for ours, theirs in self.pairs:
-            features = student.features[ours]
-            size = (features.shape[-2], features.shape[-1])
-            taught = resize(full_precision(teacher.features[theirs].detach()), size)
-            total = total + ifvd(features, taught, labels, classes=self.classes)
-        return total * (len(labels) / len(self.pairs) / denominator).to(total)
+    def compare_labelled(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return ifvd(student, teacher, labels, classes=self.classes)
 
 
 def cirkd_mini_batch(

@@ -118,17 +118,23 @@ class TermConfig:
 
 
 @dataclass
-class FeatureTermConfig(TermConfig):
+class TapsConfig(TermConfig):
     """A term that compares feature maps at one or several depths."""
 
     taps: list[str] = field(default_factory=lambda: ["bottleneck"])
     """Where to compare: a list of `tap`, or `student_tap:teacher_tap`."""
-    labelled_only: bool = False
-    """Leave out positions without a label, which the paper does not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_taps(term_name(type(self)), self.taps)
+
+
+@dataclass
+class FeatureTermConfig(TapsConfig):
+    """One that takes the whole map unless it is told otherwise."""
+
+    labelled_only: bool = False
+    """Leave out positions without a label, which the paper does not."""
 
 
 def check_taps(name: str, taps: list[str]) -> None:
