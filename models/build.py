@@ -82,7 +82,9 @@ def load_model(folder: str | Path) -> SegmentationModel:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         architecture = ARCHITECTURES[config.pop("name")]
+        normalisation = {key: tuple(config.pop(key)) for key in ("mean", "std") if key in config}
         model = architecture(**config)
+        model.__dict__.update(normalisation)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(
             f"{folder / 'config.json'}: not the configuration of a model ({error!r}); save the model again"

@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from errors import ConfigurationError
+
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -36,15 +42,43 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
 
     `forward(images [B, 3, H, W], taps=()) -> Output` for any H and W. `save_pretrained(folder)` writes
     `model.safetensors` and `config.json` in the Hugging Face Hub's form; `models.load_model(folder)` reads them.
+
+    `mean` and `std`, RGB of values in 0..1, are the normalisation that the weights know, and are saved with them. A
+    batch that is normalised otherwise is announced by `take_images`, and `forward` converts it by `renormalise`.
     """
 
     architecture: str
     taps: dict[str, Tap]
     stride: int
     class_names: list[str]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    supports_gradient_checkpointing = False
+    factor: Tensor | None = None
+    shift: Tensor | None = None
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> Output:
         raise TypeError(f"{type(self).__name__} does not answer forward")
+
+    def take_images(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """From now on `forward` is given images that are normalised by these; `mean` and `std` stay as they are."""
+        own, given = (torch.tensor([m, s], dtype=torch.float64) for m, s in ((self.mean, self.std), (mean, std)))
+        same = torch.equal(own, given)
+        factor, shift = given[1] / own[1], (given[0] - own[0]) / own[1]
+        self.register_buffer("factor", None if same else factor.float().view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", None if same else shift.float().view(3, 1, 1), persistent=False)
+
+    def renormalise(self, images: Tensor) -> Tensor:
+        """Images as the weights know them, of those that `take_images` announced."""
+        if self.factor is None or self.shift is None:
+            return images
+        return images * self.factor + self.shift
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trades time for memory in training: activations inside blocks are computed again in the backward pass."""
+        raise ConfigurationError(
+            f"model.gradient_checkpointing: {self.architecture} has none; leave it out, or lower train.batch_size"
+        )
 
     def check_taps(self, taps: Sequence[str]) -> None:
         """Raises ConfigurationError, naming the known taps, if one of `taps` is not this model's."""
@@ -55,10 +89,23 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
             )
 
     def _save_pretrained(self, save_directory: Any) -> None:
-        self._hub_mixin_config = {"name": self.architecture, **(self._hub_mixin_config or {})}  # type: ignore
+        known = {"name": self.architecture, "mean": list(self.mean), "std": list(self.std)}
+        self._hub_mixin_config = known | dict(self._hub_mixin_config or {})  # type: ignore
         super()._save_pretrained(save_directory)
+
+
+def pad_to(images: Tensor, stride: int) -> Tensor:
+    """Images padded with 0 on the right and below to a multiple of `stride`."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % stride, 0, -height % stride))
 
 
 def native_size(height: int, width: int, stride: int) -> tuple[int, int]:
     """Size of a map of the given stride over an image: the quotient rounded up."""
     return math.ceil(height / stride), math.ceil(width / stride)
+
+
+def crop_to_native(map_: Tensor, height: int, width: int, stride: int) -> Tensor:
+    """A map of a padded image without what stands over the padding alone."""
+    rows, columns = native_size(height, width, stride)
+    return map_[..., :rows, :columns]

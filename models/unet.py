@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.interface import Output, SegmentationModel, Tap, native_size
+from models.interface import Output, SegmentationModel, Tap, crop_to_native, pad_to
 
 
 def conv_bn_relu(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -119,10 +119,9 @@ class UNet(SegmentationModel):
         """images: [B, 3, H, W] of any size; padded on the right and below where the strides do not divide it."""
         self.check_taps(taps)
         height, width = images.shape[-2:]
-        total = self.stride * 2**self.depth
         features = {}
 
-        x = self.stem(F.pad(images, (0, -width % total, 0, -height % total)))
+        x = self.stem(pad_to(self.renormalise(images), self.stride * 2**self.depth))
         skips = []
         for level, block in enumerate(self.encoder):
             x = block(x)
@@ -135,9 +134,5 @@ class UNet(SegmentationModel):
             features[f"decoder.{i}"] = x = block(torch.cat([skips.pop(), x], dim=1))
         logits = self.classifier(x)
 
-        def crop(map_: Tensor, stride: int) -> Tensor:
-            rows, columns = native_size(height, width, stride)
-            return map_[..., :rows, :columns]
-
-        wanted = {tap: crop(features[tap], self.taps[tap].stride) for tap in taps}
-        return Output(crop(logits, self.stride), wanted)
+        wanted = {tap: crop_to_native(features[tap], height, width, self.taps[tap].stride) for tap in taps}
+        return Output(crop_to_native(logits, height, width, self.stride), wanted)
