@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from errors import ConfigurationError, DamagedFileError
-from models.interface import SegmentationModel
+from models.interface import IMAGENET_MEAN, IMAGENET_STD, SegmentationModel
 from models.unet import UNet
 
 ARCHITECTURES: dict[str, type[SegmentationModel]] = {"unet": UNet}
@@ -82,9 +82,9 @@ def load_model(folder: str | Path) -> SegmentationModel:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         architecture = ARCHITECTURES[config.pop("name")]
-        normalisation = {key: tuple(config.pop(key)) for key in ("mean", "std") if key in config}
+        mean, std = config.pop("mean", IMAGENET_MEAN), config.pop("std", IMAGENET_STD)
         model = architecture(**config)
-        model.__dict__.update(normalisation)
+        model.mean, model.std = tuple(mean), tuple(std)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(
             f"{folder / 'config.json'}: not the configuration of a model ({error!r}); save the model again"

@@ -54,8 +54,13 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     supports_gradient_checkpointing = False
-    factor: Tensor | None = None
-    shift: Tensor | None = None
+    factor: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", None, persistent=False)
+        self.register_buffer("shift", None, persistent=False)
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> Output:
         raise TypeError(f"{type(self).__name__} does not answer forward")
@@ -65,8 +70,8 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
         own, given = (torch.tensor([m, s], dtype=torch.float64) for m, s in ((self.mean, self.std), (mean, std)))
         same = torch.equal(own, given)
         factor, shift = given[1] / own[1], (given[0] - own[0]) / own[1]
-        self.register_buffer("factor", None if same else factor.float().view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", None if same else shift.float().view(3, 1, 1), persistent=False)
+        self.factor = None if same else factor.float().view(3, 1, 1)
+        self.shift = None if same else shift.float().view(3, 1, 1)
 
     def renormalise(self, images: Tensor) -> Tensor:
         """Images as the weights know them, of those that `take_images` announced."""
