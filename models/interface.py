@@ -53,7 +53,6 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
     class_names: list[str]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    supports_gradient_checkpointing = False
     factor: Tensor | None
     shift: Tensor | None
 
