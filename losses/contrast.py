@@ -38,8 +38,8 @@ class CIRKDMemoryConfig(TermConfig):
     """Factor of the term in the total loss: of its pixel part, and of its region part by `region_share`."""
     region_share: float = 1.0
     """Weight of the region part as a share of the pixel part's."""
-    taps: list[str] = field(default_factory=lambda: ["decoder.2"])
-    """One `tap` or `student_tap:teacher_tap`; the default is what a UNet of depth 3 classifies."""
+    taps: list[str] = field(default_factory=lambda: ["last"])
+    """One of `last` (what the classifiers see), `bottleneck`, a tap, or `student_tap:teacher_tap`."""
     pixel_memory: int = 20000
     """Embeddings of single positions that are kept of each class."""
     region_memory: int = 2000
@@ -194,6 +194,10 @@ class CIRKDMemory(Term):
         super().__init__()
         self.config, self.classes = config, context.classes
         self.pairs = pair_taps("cirkd_memory", config.taps, context)
+        if len(self.pairs) != 1:
+            raise ConfigurationError(
+                f"losses.cirkd_memory.taps: {config.taps[0]} is {len(self.pairs)} taps; name one, say last"
+            )
         ((ours, theirs),) = self.pairs
         self.student_taps, self.teacher_taps = [ours], [theirs]
         if not context.classes:
@@ -225,6 +229,10 @@ class CIRKDMemory(Term):
         self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
     ) -> Tensor:
         assert teacher is not None
+        if len(self.pairs) != 1:
+            raise ConfigurationError(
+                f"losses.cirkd_memory.taps: {config.taps[0]} is {len(self.pairs)} taps; name one, say last"
+            )
         ((ours, theirs),) = self.pairs
         projected = full_precision(self.head(student.features[ours]))
         size = (projected.shape[-2], projected.shape[-1])

@@ -37,8 +37,8 @@ class AttentionTransferConfig(FeatureTermConfig):
 
     weight: float = 1e4
     """Factor of the term in the total loss (attention maps are of unit norm, so their differences are tiny)."""
-    taps: list[str] = field(default_factory=lambda: ["decoder.0", "decoder.1"])
-    """Where to compare: a list of `tap`, or `student_tap:teacher_tap`."""
+    taps: list[str] = field(default_factory=lambda: ["decoder"])
+    """Where to compare: `encoder`, `bottleneck`, `decoder`, `last`, a tap, or `student_tap:teacher_tap`."""
 
 
 @dataclass
@@ -47,8 +47,8 @@ class ReviewConfig(FeatureTermConfig):
 
     weight: float = 1.0
     """Factor of the term in the total loss."""
-    taps: list[str] = field(default_factory=lambda: ["encoder.0", "encoder.1", "encoder.2", "bottleneck"])
-    """Where to compare: a list of `tap`, or `student_tap:teacher_tap`, in any order."""
+    taps: list[str] = field(default_factory=lambda: ["encoder", "bottleneck"])
+    """Where to compare, in any order: `encoder`, `bottleneck`, `decoder`, a tap, or `student_tap:teacher_tap`."""
     mid_channels: int = 0
     """Channels of the fused maps; 0: those of the student's deepest tap, at most 512."""
 

@@ -52,8 +52,8 @@ class IFVDConfig(TapsConfig):
 
     weight: float = 20.0
     """Factor of the term in the total loss (CIRKD's authors' figure; Wang et al.'s own code has 200)."""
-    taps: list[str] = field(default_factory=lambda: ["decoder.2"])
-    """Where to compare, `tap` or `student_tap:teacher_tap`; the default is what a UNet of depth 3 classifies."""
+    taps: list[str] = field(default_factory=lambda: ["last"])
+    """Where to compare: `encoder`, `bottleneck`, `decoder`, `last`, a tap, or `student_tap:teacher_tap`."""
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What a loss term is: a sum over items divided by a denominator that depends on the labels alone."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -122,7 +123,7 @@ class TapsConfig(TermConfig):
     """A term that compares feature maps at one or several depths."""
 
     taps: list[str] = field(default_factory=lambda: ["bottleneck"])
-    """Where to compare: a list of `tap`, or `student_tap:teacher_tap`."""
+    """Where to compare: `encoder`, `bottleneck`, `decoder`, `last` (see auto_taps), a tap, `student_tap:teacher_tap`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,6 +201,9 @@ def pair_taps(name: str, taps: Sequence[str], context: Context) -> list[tuple[st
     teacher = context.taught(name)
     pairs = []
     for tap in taps:
+        if tap in AUTO_TAPS:
+            pairs += auto_taps(name, tap, context.student, teacher)
+            continue
         ours, _, theirs = tap.partition(":")
         theirs = theirs or ours
         for side, wanted, known in (("student", ours, context.student), ("teacher", theirs, teacher)):
@@ -208,7 +212,60 @@ def pair_taps(name: str, taps: Sequence[str], context: Context) -> list[tuple[st
                     f"losses.{name}.taps: the {side} has no tap {wanted!r}; name some of {', '.join(known)}"
                 )
         pairs.append((ours, theirs))
-    return pairs
+    return list(dict.fromkeys(pairs))
+
+
+AUTO_TAPS = ("encoder", "bottleneck", "decoder", "last")
+
+
+def auto_taps(name: str, part: str, student: Taps, teacher: Taps) -> list[tuple[str, str]]:
+    """The pairs of a part of two models, by stride and depth, whatever the models are.
+
+    - `encoder`, `decoder`: as many pairs as the model with fewer taps there has, in the order of depth, no tap
+      twice, so that the strides differ least; of two equal choices the one at the same relative depth, and a
+      teacher's map rather finer than coarser.
+    - `bottleneck`: the bottlenecks; if the teacher's is coarser than the student's, the deepest tap of its encoder
+      that is not.
+    - `last`: what the two classifiers see.
+
+    A model without a decoder classifies its bottleneck, which then stands for its decoder.
+
+    Raises:
+        ConfigurationError: a model has no tap there.
+    """
+
+    def taps_of(model: Taps, part: str) -> list[str]:
+        found = [tap for tap in model if tap.partition(".")[0] == part]
+        return found or (taps_of(model, "bottleneck") if part == "decoder" else [])
+
+    wanted = "decoder" if part == "last" else part
+    ours, theirs = taps_of(student, wanted), taps_of(teacher, wanted)
+    for side, found, model in (("student", ours, student), ("teacher", theirs, teacher)):
+        if not found:
+            raise ConfigurationError(
+                f"losses.{name}.taps: the {side} has no tap in its {wanted}; name some of {', '.join(model)}"
+            )
+    if part == "last":
+        return [(ours[-1], theirs[-1])]
+    if part == "bottleneck" and teacher[theirs[0]].stride > student[ours[0]].stride:
+        stride = student[ours[0]].stride
+        theirs = [tap for tap in taps_of(teacher, "encoder") if teacher[tap].stride <= stride][-1:] or theirs
+
+    def cost(pairs: list[tuple[int, int]]) -> float:
+        total = 0.0
+        for i, j in pairs:
+            octaves = math.log2(student[ours[i]].stride / teacher[theirs[j]].stride)
+            depths = (i + 0.5) / len(ours) - (j + 0.5) / len(theirs)
+            total += abs(octaves) + 0.1 * (octaves < 0) + 0.01 * abs(depths)
+        return total
+
+    count = min(len(ours), len(theirs))
+    choices = (
+        list(zip(some, others, strict=True))
+        for some in itertools.combinations(range(len(ours)), count)
+        for others in itertools.combinations(range(len(theirs)), count)
+    )
+    return [(ours[i], theirs[j]) for i, j in min(choices, key=cost)]
 
 
 def mask_of(labels: Tensor, size: tuple[int, int]) -> Tensor:
