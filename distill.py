@@ -17,10 +17,11 @@ from engine.stage import load_weights, train_stage
 from engine.teachers import OfflineTeacher, TeacherConfig
 from engine.tracking import TrackingConfig
 from errors import ConfigurationError
+from evaluation.metrics import chance_miou
 from losses import DistillationLoss, LossConfig
 from losses.latent import Latents, Reconstruction
 from losses.logits import KDConfig
-from models import ModelConfig, SegmentationModel, build_model, fingerprint, load_model
+from models import SegmentationModel, StudentConfig, build_model, fetch_model, fingerprint, load_model, map_classes
 
 
 @dataclass
@@ -34,8 +35,8 @@ class Config:
     resume: bool = False
     """Go on with the run in `run_dir` from its newest checkpoint."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    """The teacher; a run directory among the arguments names it."""
-    student: ModelConfig = field(default_factory=ModelConfig)
+    """The teacher; a run directory or a model's folder among the arguments names it."""
+    student: StudentConfig = field(default_factory=StudentConfig)
     """The student."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data set."""
@@ -50,8 +51,8 @@ class Config:
 def main(config: Config) -> None:
     with start_run(config) as run:
         train, val = build_dataset(config.data, "train"), build_dataset(config.data, "val")
-        student = build_model(config.student, train.labels)  # before the teacher: the same weights as a baseline's
-        teacher = load_teacher(config.teacher, train.labels.names)
+        student = build_model(config.student, train.labels, config.data.mean, config.data.std)
+        teacher = load_teacher(config.teacher, config.data, train.labels.names)
         steps = config.train.total_steps(train)
         objective = DistillationLoss(
             config.losses,
@@ -64,7 +65,7 @@ def main(config: Config) -> None:
         run.describe(student, objective, train, teacher)
         offline = OfflineTeacher(teacher, run.accelerator.device, run.accelerator.autocast)
         taken = take_latents(run, objective.latents, config, teacher)
-        announce(run, teacher, val)
+        announce(run, teacher, val, config.teacher)
         if not taken:
             train_latents(run, objective.latents, train, config, offline)
         run.finish(
@@ -72,23 +73,36 @@ def main(config: Config) -> None:
         )
 
 
-def load_teacher(config: TeacherConfig, names: tuple[str, ...]) -> SegmentationModel:
-    """The best weights of the teacher's run, which must know the same classes in the same order."""
-    if not config.run:
-        raise ConfigurationError("teacher.run: no teacher is named; give its run directory, say runs/teacher")
-    teacher = load_model(best_folder(config.run))
-    if teacher.class_names != list(names):
+def load_teacher(config: TeacherConfig, data: DataConfig, names: tuple[str, ...]) -> SegmentationModel:
+    """The teacher's weights, for our normalisation of images, answering in our classes."""
+    if not config.run and not config.hub:
         raise ConfigurationError(
-            f"teacher.run: {config.run} knows {len(teacher.class_names)} classes and the data set {len(names)}, "
-            "or in another order; train a teacher on the classes of this data set"
+            "teacher.run: no teacher is named; give its run directory, say runs/teacher, or teacher.hub=OWNER/NAME"
         )
-    return teacher
+    teacher = load_model(best_folder(config.run)) if config.run else fetch_model(config.hub, "teacher.hub")
+    teacher.take_images(data.mean, data.std)
+    return map_classes(teacher, names, config.classes, config.absent)
 
 
-def announce(run: Run, teacher: SegmentationModel, val: object) -> None:
-    """Prints the teacher's own score, so that a wrong teacher is noticed before the training and not after it."""
-    scored = summarise(evaluate(run.accelerator, teacher, val), teacher.class_names)  # type: ignore[arg-type]
-    run.say(f"teacher: val mIoU {100 * scored['miou']:.2f} %")
+def announce(run: Run, teacher: SegmentationModel, val: SegmentationData, config: TeacherConfig) -> None:
+    """Prints the teacher's own score, so that a wrong teacher is noticed before the training and not after it.
+
+    Raises:
+        ConfigurationError: a teacher that is no run of ours scores less than twice what guessing would.
+    """
+    matrix = evaluate(run.accelerator, teacher, val)
+    score, guessed = 100 * summarise(matrix, teacher.class_names)["miou"], 100 * chance_miou(matrix)
+    run.say(f"teacher: val mIoU {score:.2f} %")
+    if score >= 2 * guessed:
+        return
+    said = f"val mIoU {score:.2f} % is near chance ({guessed:.2f} % for guesses as frequent as its answers)"
+    if (Path(config.run) / "config.yaml").exists() and config.run or config.accept_near_chance:
+        run.say(f"teacher: WARNING: {said}")
+        return
+    raise ConfigurationError(
+        f"teacher.{'run' if config.run else 'hub'}: {config.run or config.hub}: {said}; check its classes "
+        "(teacher.classes) and its preprocessor_config.json, or say teacher.accept_near_chance=true"
+    )
 
 
 def take_latents(run: Run, latents: Latents, config: Config, teacher: SegmentationModel) -> bool:

@@ -63,7 +63,9 @@ def main(config: Config) -> None:
     for run_dir in config.runs:
         folder = Path(run_dir)
         model = load_model(best_folder(folder)).to(accelerator.device).eval()
-        data = build_dataset(data_config(folder, config.root), config.split)
+        data_of_run = data_config(folder, config.root)
+        data = build_dataset(data_of_run, config.split)
+        model.take_images(data_of_run.mean, data_of_run.std)
         if model.class_names != list(data.labels.names):
             raise ConfigurationError(f"{folder}: its model knows other classes than its data set; train it again")
         scored = summarise(evaluate(accelerator, model, data, workers=config.workers), data.labels.names)

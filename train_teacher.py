@@ -42,7 +42,7 @@ class Config:
 def main(config: Config) -> None:
     with start_run(config) as run:
         train, val = build_dataset(config.data, "train"), build_dataset(config.data, "val")
-        model = build_model(config.model, train.labels)
+        model = build_model(config.model, train.labels, config.data.mean, config.data.std)
         steps = config.train.total_steps(train)
         objective = DistillationLoss(
             config.losses,

@@ -201,8 +201,10 @@ def _key_of_runs(directory: str, runs: str | None) -> str:
     """The key that takes a run's directory; an error where the script takes none or this is not a run."""
     if runs is None:
         raise ConfigurationError(f"{directory}: is a directory, and this script takes no run; give a .yaml file")
-    if not (Path(directory, "config.yaml").is_file() or Path(directory, "best").is_dir()):
-        raise ConfigurationError(f"{directory}: not the directory of a run (neither config.yaml nor best/ in it)")
+    if not any(Path(directory, name).exists() for name in ("config.yaml", "best", "config.json")):
+        raise ConfigurationError(
+            f"{directory}: neither the directory of a run (config.yaml, best/) nor a model's folder (config.json)"
+        )
     return runs
 
 

@@ -28,7 +28,7 @@ from errors import ConfigurationError, DamagedFileError, UserError
 FREE_KEYS = ("run_dir", "resume", "tracking.", "data.workers", "data.root", "train.checkpoint_every", "train.keep")
 # What a run leaves that ended before its first step, over a wrong path say: it may simply be started again.
 BEFORE_FIRST_STEP = ("config.yaml", "environment.json", "wandb")
-PACKAGES = ("torch", "accelerate", "numpy", "opencv-python-headless", "omegaconf", "wandb")
+PACKAGES = ("torch", "accelerate", "transformers", "numpy", "opencv-python-headless", "omegaconf", "wandb")
 
 
 class RunConfig(Protocol):
@@ -88,8 +88,11 @@ class Run:
         for role, model in (("model" if teacher is None else "student", student), ("teacher", teacher)):
             if model is not None:
                 millions = sum(p.numel() for p in model.parameters()) / 1e6
-                of = f"{self.config.teacher.run}, " if role == "teacher" else ""  # type: ignore[attr-defined]
+                source = getattr(self.config, role, None)
+                of = f"{source.run or source.hub}, " if role == "teacher" and source else ""
                 self.say(f"{role}: {of}{model.architecture}, {millions:.2f} M parameters, stride {model.stride}")
+                for note in model.notes():
+                    self.say(f"{role}: {note}")
         self.say(f"data: {len(data)} images, {len(data.labels.names)} classes")
         for line in objective.describe():
             self.say(f"loss: {line}")

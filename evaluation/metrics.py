@@ -126,9 +126,22 @@ def scores(matrix: np.ndarray | Tensor) -> dict[str, Any]:
     }
 
 
+def chance_miou(matrix: np.ndarray | Tensor) -> float:
+    """The mIoU that answers as frequent as those of a confusion matrix would have if they knew nothing of the truth.
+
+    The expected counts are the products of the matrix's marginals, as in Cohen's kappa. An answer that is always
+    the same class is its own chance.
+    """
+    counts = matrix.detach().cpu().numpy() if isinstance(matrix, Tensor) else np.asarray(matrix)
+    total = max(int(counts.sum(dtype=np.int64)), 1)
+    truth, guess = counts.sum(1, dtype=np.float64), counts.sum(0, dtype=np.float64)
+    right = truth * guess / total
+    return _mean(_ratio(right, truth + guess - right))
+
+
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole in float64, NaN where whole is 0."""
-    return np.where(whole > 0, part / np.maximum(whole, 1), np.nan)
+    return np.where(whole > 0, part / np.where(whole > 0, whole, 1), np.nan)
 
 
 def _mean(values: np.ndarray) -> float:

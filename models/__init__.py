@@ -1,6 +1,19 @@
 """Segmentation models behind one interface: logits at native stride, features by tap."""
 
-from models.build import ModelConfig, build_model, fingerprint, load_model
+from models.build import ModelConfig, StudentConfig, build_model, fetch_model, fingerprint, load_model, student_for
+from models.classes import map_classes
 from models.interface import Output, SegmentationModel, Tap
 
-__all__ = ["ModelConfig", "Output", "SegmentationModel", "Tap", "build_model", "fingerprint", "load_model"]
+__all__ = [
+    "ModelConfig",
+    "Output",
+    "SegmentationModel",
+    "StudentConfig",
+    "Tap",
+    "build_model",
+    "fetch_model",
+    "fingerprint",
+    "load_model",
+    "map_classes",
+    "student_for",
+]

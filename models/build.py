@@ -1,46 +1,151 @@
 """A model from its configuration or from a folder."""
 
 import hashlib
+import importlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Union
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from errors import ConfigurationError, DamagedFileError
+from models import budget
 from models.interface import IMAGENET_MEAN, IMAGENET_STD, SegmentationModel
 from models.unet import UNet
 
-ARCHITECTURES: dict[str, type[SegmentationModel]] = {"unet": UNet}
+Architecture = Literal["unet", "deeplabv3plus", "segformer", "mobilenetv2", "dabnet", "hub"]
+
+
+def architecture(name: str) -> type[SegmentationModel]:
+    """The class of an architecture. Those that need transformers are imported on demand: it takes seconds.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    module, cls = {
+        "unet": ("unet", "UNet"),
+        "deeplabv3plus": ("deeplabv3plus", "DeepLabV3Plus"),
+        "segformer": ("segformer", "SegFormer"),
+        "mobilenetv2": ("mobilenetv2", "MobileNetV2"),
+        "dabnet": ("dabnet", "DABNet"),
+        "hub": ("hub", "HubModel"),
+    }[name]
+    return getattr(importlib.import_module(f"models.{module}"), cls)
 
 
 @dataclass
 class ModelConfig:
-    """Which model, and its shape."""
+    """Which model, and its shape; a key of another architecture is an error."""
 
-    name: Literal["unet"] = "unet"
-    """Architecture."""
+    key: ClassVar[str] = "model"
+
+    name: Architecture = "unet"
+    """Architecture; hub is any segmentation model of Hugging Face transformers."""
     width: int = 16
     """UNet: channels of its finest level; each level below has twice as many."""
     depth: int = 3
     """UNet: levels above the bottleneck."""
     stride: int = 4
-    """UNet: stride of the stem and of the logits: 1, 2 or 4."""
-    block: Literal["plain", "separable", "residual"] = "plain"
-    """UNet: plain double convolution, depthwise-separable, or residual."""
+    """UNet: stride of its logits, 1, 2, 4, 8, 16 or 32; that of the stem too up to 4, beyond it the decoder ends
+    sooner."""
+    block: Literal["plain", "separable", "residual", "inverted"] = "plain"
+    """UNet: plain double convolution, depthwise-separable, residual, or inverted bottleneck."""
+    channels: list[int] | None = None
+    """UNet: channels of each level, the bottleneck last, in place of `width`."""
+    max_parameters: int | None = None
+    """UNet: the widest that has no more parameters, in place of `width`."""
+    max_flops: Union[int, float, None] = None  # noqa: UP007 (OmegaConf tells 5 from 0.5 by it)
+    """UNet: the widest that has no more FLOPs (two for a multiply-add) at `flops_size`, in place of `width`."""
+    flops_size: list[int] = field(default_factory=lambda: [512, 1024])
+    """[height, width] of the image of `max_flops`."""
+    slice_from: str = ""
+    """UNet: run of a wider UNet whose most important channels are the first weights."""
+    encoder: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2", "convnext_tiny", "convnext_small"
+    ] = "resnet18"
+    """DeepLabV3+: its encoder."""
+    output_stride: int | None = None
+    """Stride of the encoder's last map. DeepLabV3+: 8 or 16 (default); MobileNetV2: 8, 16 or 32 (default)."""
+    variant: Literal["b0", "b1", "b2", "b3", "b4", "b5"] = "b0"
+    """SegFormer: its size."""
+    multiplier: float = 1.0
+    """MobileNetV2: factor of its channels."""
+    weights: str = ""
+    """Folder or Hub name of the weights to begin with: of the encoder (DeepLabV3+, MobileNetV2, SegFormer) or of the
+    whole (SegFormer, hub). Nothing is drawn at random that they should have."""
+    new_head: bool = False
+    """hub: draw the classifier anew, where `weights` knows other classes than the data set."""
+    pretrained: bool = True
+    """hub: false takes the shape alone from `weights` and draws all weights at random."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
-        if self.stride not in (1, 2, 4):
-            raise ConfigurationError(f"model.stride: {self.stride} is not a stride of the UNet; give 1, 2 or 4")
+        own = {*KEYS[self.name], "name", "gradient_checkpointing"}
+        for known in fields(self):
+            value = getattr(self, known.name)
+            default = known.default if known.default is not MISSING else known.default_factory()  # type: ignore
+            preset = known.name == "width" and value == TEACHER_WIDTH  # of train_teacher.py, whatever the model
+            if known.name not in own and value != default and not preset:
+                raise self.wrong(
+                    known.name, f"is no key of {self.name}; it has {', '.join(KEYS[self.name]) or 'none'}"
+                )
+        if self.stride not in (1, 2, 4, 8, 16, 32):
+            raise self.wrong("stride", f"{self.stride} is not a stride of the UNet; give 1, 2, 4, 8, 16 or 32")
         if self.width < 2 or self.width % 2:
-            raise ConfigurationError(
-                f"model.width: {self.width} is not an even number of channels; give 2 or more"
-            )
+            raise self.wrong("width", f"{self.width} is not an even number of channels; give 2 or more")
         if not 1 <= self.depth <= 6:
-            raise ConfigurationError(f"model.depth: {self.depth} is out of range; give 1 to 6")
+            raise self.wrong("depth", f"{self.depth} is out of range; give 1 to 6")
+        if self.stride > 4 * 2**self.depth:
+            raise self.wrong(
+                "stride", f"{self.stride} is coarser than a bottleneck of depth {self.depth}; give a greater depth"
+            )
+        if self.channels is not None and (len(self.channels) != self.depth + 1 or min(self.channels) < 1):
+            raise self.wrong(
+                "channels", f"{self.channels} is not a width for each of {self.depth + 1} levels; give as many"
+            )
+        if self.channels is not None and (self.max_parameters or self.max_flops):
+            raise self.wrong("channels", "stands beside a budget, which chooses them; give one of both")
+        for key in ("max_parameters", "max_flops", "multiplier"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise self.wrong(key, f"{value} is not positive; give more")
+        if len(self.flops_size) != 2 or min(self.flops_size) < 1:
+            raise self.wrong("flops_size", f"{self.flops_size} is not a size; give [height, width] in pixels")
+        strides = {"deeplabv3plus": (8, 16), "mobilenetv2": (8, 16, 32)}.get(self.name, ())
+        if self.output_stride is not None and self.output_stride not in strides:
+            raise self.wrong(
+                "output_stride", f"{self.output_stride} is none of {self.name}; give {' or '.join(map(str, strides))}"
+            )
+        if self.name == "hub" and not self.weights:
+            raise self.wrong("weights", "hub needs the folder or Hub name of a model; give it")
+
+    def wrong(self, field: str, message: str) -> ConfigurationError:
+        """The error of one of its keys, as the user wrote it."""
+        return ConfigurationError(f"{self.key}.{field}: {message}")
+
+
+TEACHER_WIDTH = 32
+KEYS: dict[str, tuple[str, ...]] = {
+    "unet": ("width", "depth", "stride", "block", "channels", "max_parameters", "max_flops", "flops_size", "slice_from"),
+    "deeplabv3plus": ("encoder", "output_stride", "weights"),
+    "segformer": ("variant", "weights"),
+    "mobilenetv2": ("multiplier", "output_stride", "weights"),
+    "dabnet": (),
+    "hub": ("weights", "new_head", "pretrained"),
+}
+"""The keys of each architecture, besides those of all."""
+
+
+@dataclass
+class StudentConfig(ModelConfig):
+    """The student's model."""
+
+    key: ClassVar[str] = "student"
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -59,13 +164,132 @@ class ClassNames(Protocol):
     def names(self) -> tuple[str, ...]: ...
 
 
-def build_model(config: ModelConfig, labels: ClassNames) -> SegmentationModel:
-    """A freshly initialised model for the classes of `labels`."""
-    return UNet(list(labels.names), config.width, config.depth, config.stride, config.block)
+def build_model(
+    config: ModelConfig,
+    labels: ClassNames,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> SegmentationModel:
+    """A model for the classes of `labels`: freshly initialised, or from the weights that the configuration names.
+
+    Args:
+        mean, std: normalisation of the images that it will be given.
+
+    Raises:
+        ConfigurationError: weights that don't exist or don't fit, with the configuration's key.
+        DamagedFileError: weights that can't be read or are incomplete.
+    """
+    names = list(labels.names)
+    cls: Any = architecture(config.name)
+    model: Any
+    if config.name == "hub":
+        model = build_hub(config, names)
+    else:
+        model = cls(names, **shape_of(config, len(names)))
+        model.mean, model.std = tuple(mean), tuple(std)
+        if config.weights:
+            load = model.load_weights if config.name == "segformer" else model.load_encoder
+            load(config.weights, f"{config.key}.weights")
+    if config.slice_from:
+        slice_from_run(config, model)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.take_images(mean, std)
+    return model
+
+
+def shape_of(config: ModelConfig, classes: int) -> dict[str, Any]:
+    """The arguments of an architecture besides the class names; a budget becomes channels."""
+    if config.name == "unet":
+        shape = {"width": config.width, "depth": config.depth, "stride": config.stride, "block": config.block}
+        if config.max_parameters is None and config.max_flops is None:
+            return shape | ({"channels": list(config.channels)} if config.channels else {})
+        try:
+            return budget.student_for(
+                parameters=config.max_parameters,
+                flops=config.max_flops,
+                stride=config.stride,
+                depth=config.depth,
+                block=config.block,
+                classes=classes,
+                size=config.flops_size,
+            )
+        except ConfigurationError as error:  # of a budget: it names an argument, where the user gave a key
+            raise ConfigurationError(str(error).replace("student_for.", f"{config.key}.max_")) from error
+    keys = [key for key in KEYS[config.name] if key != "weights" and getattr(config, key) is not None]
+    return {key: getattr(config, key) for key in keys}
+
+
+def student_for(
+    *,
+    parameters: int | None = None,
+    flops: float | None = None,
+    stride: int = 4,
+    depth: int = 3,
+    block: Literal["plain", "separable", "residual", "inverted"] = "plain",
+    classes: int = 19,
+    size: tuple[int, int] = (512, 1024),
+) -> ModelConfig:
+    """The widest UNet within a budget, at most 2 % below it: `build_model(student_for(parameters=500_000), labels)`.
+
+    Args:
+        parameters: most parameters.
+        flops: most FLOPs of an image of `size` (height, width), two for a multiply-add, as evaluation counts them.
+        stride: of the logits.
+        classes: of the data set, which the classifier's share of the budget depends on.
+
+    Raises:
+        ConfigurationError: no budget, or one that no UNet of this shape meets.
+    """
+    shape = budget.student_for(
+        parameters=parameters, flops=flops, stride=stride, depth=depth, block=block, classes=classes, size=size
+    )
+    return ModelConfig(**shape)
+
+
+def build_hub(config: ModelConfig, names: list[str]) -> SegmentationModel:
+    """A model of transformers for the data set's classes."""
+    from models import hub
+
+    key = f"{config.key}.weights"
+    if not config.pretrained:
+        return hub.from_shape(config.weights, key, names)
+    if config.new_head:
+        return hub.from_hub(config.weights, key, class_names=names)
+    model = hub.from_hub(config.weights, key)
+    if model.class_names != names:
+        raise ConfigurationError(
+            f"{key}: {config.weights} knows {len(model.class_names)} classes and the data set {len(names)}, or in "
+            f"other words; add {config.key}.new_head=true to draw its classifier anew"
+        )
+    return model
+
+
+def slice_from_run(config: ModelConfig, model: UNet) -> None:
+    """The first weights of a UNet as a pruned copy of a wider one."""
+    from models.slicing import slice_from
+
+    key = f"{config.key}.slice_from"
+    folder = Path(config.slice_from)
+    wide = load_model(folder / "best" if (folder / "best").is_dir() else folder)
+    if not isinstance(wide, UNet):
+        raise ConfigurationError(f"{key}: {folder} is a {wide.architecture}; name the run of a UNet")
+    slice_from(model, wide, key)
+
+
+def fetch_model(source: str, key: str) -> SegmentationModel:
+    """The model of a name on the Hub, which is downloaded, or taken from the cache where there is no network.
+
+    Args:
+        key: of the configuration, which an error begins with.
+    """
+    from models import hub
+
+    return load_model(hub.fetch_folder(source, key))
 
 
 def load_model(folder: str | Path) -> SegmentationModel:
-    """The model that `save_pretrained` wrote to `folder`.
+    """The model that `save_pretrained` wrote to `folder`: ours, or that of transformers.
 
     A missing, superfluous or misshapen weight is an error, never a random initialisation.
 
@@ -74,22 +298,27 @@ def load_model(folder: str | Path) -> SegmentationModel:
         DamagedFileError: a file can't be read, or its weights are not those of its configuration.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise ConfigurationError(
-                f"{folder / name}: no such file; a model's folder has config.json and weights"
-            )
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError(
+            f"{folder / 'config.json'}: no such file; a model's folder has config.json and weights"
+        )
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        architecture = ARCHITECTURES[config.pop("name")]
+        if "model_type" in config:
+            from models import hub
+
+            return hub.from_hub(str(folder), str(folder))
+        cls = architecture(config.pop("name"))
         mean, std = config.pop("mean", IMAGENET_MEAN), config.pop("std", IMAGENET_STD)
-        model = architecture(**config)
+        model = cls(**config)
         model.mean, model.std = tuple(mean), tuple(std)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedFileError(
             f"{folder / 'config.json'}: not the configuration of a model ({error!r}); save the model again"
         ) from error
     weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise ConfigurationError(f"{weights}: no such file; a model's folder has config.json and weights")
     try:
         with safe_open(weights, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

@@ -84,6 +84,10 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
             f"model.gradient_checkpointing: {self.architecture} has none; leave it out, or lower train.batch_size"
         )
 
+    def notes(self) -> list[str]:
+        """What a user should know before it is put to use; printed at the start."""
+        return []
+
     def check_taps(self, taps: Sequence[str]) -> None:
         """Raises ConfigurationError, naming the known taps, if one of `taps` is not this model's."""
         unknown = [tap for tap in taps if tap not in self.taps]

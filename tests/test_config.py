@@ -253,7 +253,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_no_run(tmp_path: Path) -> None:
-    assert complaint(str(tmp_path), runs="runs").startswith(f"{tmp_path}: not the directory of a run")
+    assert complaint(str(tmp_path), runs="runs").startswith(f"{tmp_path}: neither the directory of a run")
     (tmp_path / "best").mkdir()
     assert "takes no run" in complaint(str(tmp_path))
     assert read(str(tmp_path), runs="runs").runs == [str(tmp_path)]

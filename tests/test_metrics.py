@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as npst
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
 import evaluation.metrics as metrics
-from evaluation.metrics import ConfusionMatrix, predict, scores
+from evaluation.metrics import ConfusionMatrix, chance_miou, predict, scores
 
 # Three classes are labelled, the fourth is only predicted, the fifth occurs nowhere.
 BY_HAND = np.array([[6, 2, 0, 0, 0], [1, 3, 0, 0, 0], [0, 0, 4, 2, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
@@ -202,3 +202,23 @@ def test_counts_do_not_depend_on_how_images_are_split(cuts: list[int], seed: int
     for start, stop in zip(edges, edges[1:], strict=False):
         apart.update(logits[start:stop], labels[start:stop])
     assert torch.equal(together.matrix, apart.matrix)
+
+
+# -------------------------------------------------------------------------------------------------- chance
+
+
+def test_chance_is_what_shuffled_answers_score() -> None:
+    rng = np.random.default_rng(0)
+    truth, guess = rng.choice(5, 400_000, p=[0.5, 0.3, 0.1, 0.06, 0.04]), rng.choice(5, 400_000)
+    shuffled = np.bincount(truth * 5 + guess, minlength=25).reshape(5, 5)
+    assert chance_miou(shuffled) == pytest.approx(scores(shuffled)["miou"], abs=2e-3)
+    knowing = np.diag([50, 30, 10, 6, 4])
+    assert chance_miou(knowing) < 0.3 * scores(knowing)["miou"]
+    assert chance_miou(torch.from_numpy(knowing)) == chance_miou(knowing)
+
+
+def test_one_answer_for_all_is_its_own_chance() -> None:
+    matrix = np.zeros((4, 4), np.int64)
+    matrix[:3, 1] = [5, 90, 5]  # and a class that is nowhere
+    assert chance_miou(matrix) == pytest.approx(scores(matrix)["miou"])
+    assert np.isnan(chance_miou(np.zeros((3, 3), np.int64)))

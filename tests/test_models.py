@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train_teacher
 from errors import ConfigurationError, DamagedFileError
-from models import ModelConfig, Output, build_model, load_model
+from models import ModelConfig, Output, StudentConfig, build_model, load_model
 from models.interface import Tap
 from models.unet import UNet
 
@@ -139,16 +140,45 @@ def test_from_a_tenth_to_thirty_million_parameters() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"stride": 3}, "model.stride: 3 is not a stride of the UNet; give 1, 2 or 4"),
+        ({"stride": 3}, "model.stride: 3 is not a stride of the UNet; give 1, 2, 4, 8, 16 or 32"),
+        (
+            {"stride": 32, "depth": 2},
+            "model.stride: 32 is coarser than a bottleneck of depth 2; give a greater depth",
+        ),
+        ({"channels": [4, 8]}, "model.channels: [4, 8] is not a width for each of 4 levels; give as many"),
+        (
+            {"channels": [4, 8, 8, 8], "max_parameters": 9},
+            "model.channels: stands beside a budget, which chooses them; give one of both",
+        ),
+        ({"max_flops": 0.0}, "model.max_flops: 0.0 is not positive; give more"),
+        ({"name": "segformer", "depth": 2}, "model.depth: is no key of segformer; it has variant, weights"),
+        ({"name": "dabnet", "weights": "x"}, "model.weights: is no key of dabnet; it has none"),
+        (
+            {"name": "mobilenetv2", "output_stride": 4},
+            "model.output_stride: 4 is none of mobilenetv2; give 8 or 16 or 32",
+        ),
+        ({"name": "hub"}, "model.weights: hub needs the folder or Hub name of a model; give it"),
         ({"width": 5}, "model.width: 5 is not an even number of channels; give 2 or more"),
         ({"depth": 0}, "model.depth: 0 is out of range; give 1 to 6"),
         ({"depth": 7}, "model.depth: 7 is out of range; give 1 to 6"),
     ],
 )
-def test_shapes_that_do_not_exist(changes: dict[str, int], said: str) -> None:
+def test_shapes_that_do_not_exist(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         ModelConfig(**changes)  # type: ignore[arg-type]
     assert str(caught.value) == said
+
+
+def test_the_students_keys_are_called_so() -> None:
+    with pytest.raises(ConfigurationError, match=r"^student.depth: is no key of dabnet"):
+        StudentConfig(name="dabnet", depth=1)
+
+
+def test_the_teachers_preset_width_is_no_mistake() -> None:
+    assert ModelConfig(name="dabnet", width=32).name == "dabnet"
+    assert train_teacher.Config().model.width == 32
+    with pytest.raises(ConfigurationError, match=r"^model.width: is no key of dabnet"):
+        ModelConfig(name="dabnet", width=48)
 
 
 def test_same_seed_same_weights() -> None:

@@ -46,6 +46,23 @@ def test_flops_of_a_convolution_by_hand() -> None:
     assert count_flops(depthwise, (7, 9)) == 2 * (7 * 9) * 3 * (5 * 5)
 
 
+class Attention(nn.Module):
+    """Pixels attend to pixels, by PyTorch's fused kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 1, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.embed(images).flatten(2).transpose(1, 2)[:, None]
+        return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+
+
+def test_flops_of_attention_by_hand() -> None:
+    positions = 5 * 7
+    assert count_flops(Attention(), (5, 7)) == 2 * positions * 3 * 8 + 2 * 2 * positions**2 * 8
+
+
 def test_counting_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     before = {name: value.clone() for name, value in model.state_dict().items()}

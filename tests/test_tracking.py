@@ -82,6 +82,7 @@ def test_offline_leaves_a_folder_with_the_metrics(forks: Forks, tmp_path: Path) 
     rows = {row["_step"]: row for row in history(run)}
     for text in (run / "metrics.jsonl").read_text().splitlines():
         line = json.loads(text)
+        assert line["step"] in rows, f"W&B kept the steps {sorted(rows)}: {outcome.text}"
         for key, value in line.items():
             if key not in ("step", "epoch", "split", "iou", "system"):
                 assert rows[line["step"]][f"{line['split']}/{key}"] == pytest.approx(value), key
