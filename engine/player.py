@@ -109,6 +109,25 @@ class Learner(nn.Module):
         return self.objective(output, answer, labels, step=step, denominators=denominators, images=images)
 
 
+class FullPrecisionConv2d(nn.Conv2d):
+    """A convolution that autocast leaves in float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.float())
+
+
+def keep_dilated_depthwise_in_full_precision(module: nn.Module) -> None:
+    """Turns the dilated depthwise convolutions of a module into FullPrecisionConv2d; names and weights stay.
+
+    In bf16 and channels-last, oneDNN's gradient of their weights is wrong by orders of magnitude on CPUs with bf16
+    units (PyTorch 2.13, stride 1): it reads memory that it has not written. Their share of the work is small.
+    """
+    for part in module.modules():
+        if type(part) is nn.Conv2d and part.groups == part.in_channels > 1 and max(part.dilation) > 1:
+            part.__class__ = FullPrecisionConv2d
+
+
 class Player:
     """One that learns: a learner wrapped for its devices, its optimizer, and the average of its weights."""
 
@@ -116,6 +135,8 @@ class Player:
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             learner = nn.SyncBatchNorm.convert_sync_batchnorm(learner)
         learner.to(accelerator.device).to(memory_format=torch.channels_last)
+        if accelerator.device.type == "cpu":
+            keep_dilated_depthwise_in_full_precision(learner)
         self.learner, self.config, self.accelerator = learner, config, accelerator
         self.memories = set(getattr(learner, "memories", ()))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, self.memories)

@@ -32,12 +32,12 @@ def student_for(
     w·2^i channels would spend the budget. Each level is then rounded down or up to a multiple of 8, 4, 2 or 1,
     the largest that is at most an eighth of it, and of all these combinations the one that spends most wins. If
     that spends less than 99 % of the budget, multiples of at most a sixteenth, then of a 32nd are tried; then
-    single channels, with the first level settled and the others scaled to what it leaves, and a little further
-    from the doubling the smaller the network is, the bottleneck before the others.
+    single channels, with the first level settled and the others scaled to what it leaves, at last a few channels
+    off the doubling, the bottleneck before the others.
 
     So channels are as round as the budget allows, which hardware likes, and less than 2 % of any budget from
-    20 000 parameters or 50 MFLOPs up is left over; only where hardly more than the smallest UNet fits can the
-    next wider one cost too much. The same arguments always give the same answer.
+    20 000 parameters or 50 MFLOPs up is left over, if it is at least twice what the smallest UNet needs; below
+    that, the next wider one can cost too much. The same arguments always give the same answer.
 
     Args:
         parameters: at most so many, as `deploy.profiling.count_parameters` counts.
@@ -103,8 +103,8 @@ def student_for(
         for fineness in (8, 16, 32):
             steps = 2 ** np.floor(np.log2(np.clip(ideal / fineness, 1, 8)))
             yield best([np.array([x // step, x // step + 1]) * step for x, step in zip(ideal, steps, strict=True)])
-        for low, high, last in ((0, 1, 1), (-1, 2, 2), (-2, 2, 10)):
-            for first in np.maximum(ideal[0] // 1 + (0, 1, -1, 2), NARROWEST):
+        for low, high, last in ((0, 1, 1), (-1, 2, 2), (-3, 3, 10)):
+            for first in np.maximum(ideal[0] // 1 + (0, 1, -1, 2, -2, 3), NARROWEST):
                 _, *inner, coarsest = width(first) // 1
                 options = [level + np.arange(low, high + 1) for level in inner]
                 yield best([np.array([first]), *options, coarsest + np.arange(low, last + 1)])

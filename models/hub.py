@@ -187,11 +187,37 @@ def run_segformer(net: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     return head.classifier(head.dropout(fused)), [*maps[1:], maps[-1], fused]
 
 
+BY_STAGE = ("SwinBackbone", "ConvNextBackbone", "ConvNextV2Backbone")
+
+
 def publish_backbone(backbone: Any) -> list[Tap]:
     """Stages of a hierarchical backbone, at strides 4, 8, 16 and 32."""
     drop(backbone, "swin.layernorm", "model.layernorm", "layernorm")
+    if type(backbone).__name__ in BY_STAGE:
+        for module in backbone.modules():
+            module._forward_hooks.clear()  # transformers', which collect what is not asked for
     stages = [int(name.removeprefix("stage")) for name in backbone.out_features]
     return levels([2 ** (stage + 1) for stage in stages], backbone.channels)
+
+
+def run_backbone(backbone: Any, images: Tensor) -> list[Tensor]:
+    """The stages of a hierarchical backbone. Those of BY_STAGE, which transformers collects by forward hooks, are
+    called one by one; of others its own maps are taken."""
+    if type(backbone).__name__ not in BY_STAGE:
+        return list(backbone(images).feature_maps)
+    names, norms, maps = backbone.stage_names[1:], backbone.hidden_states_norms, []
+    if not hasattr(backbone, "swin"):
+        x = backbone.embeddings(images)
+        for name, stage in zip(names, backbone.encoder.stages, strict=True):
+            x = stage(x)
+            maps += [norms[name](x)] if name in norms else []
+        return maps
+    tokens, size = backbone.swin.embeddings(images)
+    for name, stage in zip(names, backbone.swin.encoder.layers, strict=True):
+        tokens, map_, _ = stage(tokens, size, always_partition=True, output_hidden_states_before_downsampling=True)
+        maps += [norms[name](map_.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)] if name in norms else []
+        size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    return maps
 
 
 def publish_pyramid(encoder: list[Tap], width: int, strides: list[int]) -> tuple[dict[str, Tap], int]:
@@ -219,7 +245,7 @@ def publish_upernet(net: Any) -> tuple[dict[str, Tap], int]:
 
 def run_upernet(net: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """UPerNet: the backbone's stages; the pooled pyramid; the finer levels and the fused map."""
-    maps = list(net.backbone(images).feature_maps)
+    maps = run_backbone(net.backbone, images)
     logits, decoded = run_pyramid(net.decode_head, maps)
     return logits, maps + decoded
 
@@ -386,7 +412,7 @@ def run_mask2former(net: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Mask2Former: the backbone's stages; the last of them; the pixel decoder's levels and the map that masks
     are read from."""
     pixel = net.model.pixel_level_module
-    maps = list(pixel.encoder(images).feature_maps)
+    maps = run_backbone(pixel.encoder, images)
     decoded = pixel.decoder(maps, output_hidden_states=False)
     decoder, features = list(decoded.multi_scale_features), decoded.mask_features
     answer = net.model.transformer_module(decoder, features, output_hidden_states=False)
@@ -397,7 +423,7 @@ def run_mask2former(net: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
 def run_oneformer(net: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """OneFormer for the semantic task: as Mask2Former."""
     pixel = net.model.pixel_level_module
-    maps = list(pixel.encoder(images).feature_maps)
+    maps = run_backbone(pixel.encoder, images)
     decoded = pixel.decoder(maps, output_hidden_states=False)
     decoder, features = list(decoded.multi_scale_features), decoded.mask_features
     task = net.model.task_encoder(net.task.to(features.dtype).expand(len(images), -1))
@@ -417,7 +443,7 @@ def run_maskformer(net: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """MaskFormer: the backbone's stages; the last of them; the pixel decoder's levels and the map that masks
     are read from."""
     pixel = net.model.pixel_level_module
-    maps = list(pixel.encoder(images).feature_maps)
+    maps = run_backbone(pixel.encoder, images)
     decoder = pixel.decoder.fpn(maps)
     features = pixel.decoder.mask_projection(decoder[-1])
     queries = net.model.transformer_module(maps[-1]).last_hidden_state
@@ -705,7 +731,7 @@ def from_shape(source: str, key: str, class_names: list[str]) -> HubModel:
 # Buffers that transformers computes, and weights of what is dropped.
 UNUSED = re.compile(
     r"relative_position_index|num_batches_tracked|position_ids|auxiliary_head\.|pooler\.|text_mapper\.|criterion\."
-    r"|prompt_ctx|mask_token"
+    r"|prompt_ctx|mask_token|(swin|model)\.layernorm\.|fusion_stage\.layers\.0\.residual_layer1\."
 )
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from forks import Forks
+from torch import nn
 
-from engine.player import TrainConfig, learning_rate
+from engine.player import TrainConfig, keep_dilated_depthwise_in_full_precision, learning_rate
 from engine.teachers import OfflineTeacher
 from models.unet import UNet
 
@@ -24,6 +25,24 @@ TINY = [
     "train.warmup=0",
 ]
 EXPLODING = [*TINY, "train.lr=1e30", "train.clip=0", "train.ema=0.5"]
+
+
+def test_gradients_of_dilated_depthwise_convolutions_in_bf16() -> None:
+    """As a player sets up a model; PyTorch's own are wrong on CPUs with bf16 units."""
+    torch.manual_seed(0)
+    images = torch.randn(4, 32, 60, 80).contiguous(memory_format=torch.channels_last)
+    model = nn.Sequential(
+        nn.Conv2d(32, 32, 3, padding=2, dilation=2, groups=32),
+        nn.Conv2d(32, 32, (1, 3), padding=(0, 4), dilation=4, groups=32),
+        nn.Conv2d(32, 8, 3, padding=2, dilation=2),
+    ).to(memory_format=torch.channels_last)
+    exact = torch.autograd.grad(model(images).square().mean(), list(model.parameters()))
+    keep_dilated_depthwise_in_full_precision(model)
+    assert [type(part) is nn.Conv2d for part in model] == [False, False, True]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images).float().square().mean()
+    for found, wanted in zip(torch.autograd.grad(loss, list(model.parameters())), exact, strict=True):
+        assert (found - wanted).norm() < 0.05 * wanted.norm()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(forks: Forks, tmp_path: Path) -> None:
