@@ -229,10 +229,6 @@ class CIRKDMemory(Term):
         self, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, denominator: Tensor
     ) -> Tensor:
         assert teacher is not None
-        if len(self.pairs) != 1:
-            raise ConfigurationError(
-                f"losses.cirkd_memory.taps: {config.taps[0]} is {len(self.pairs)} taps; name one, say last"
-            )
         ((ours, theirs),) = self.pairs
         projected = full_precision(self.head(student.features[ours]))
         size = (projected.shape[-2], projected.shape[-1])

@@ -15,7 +15,8 @@ from torch import nn
 from errors import ConfigurationError, DamagedFileError
 from models import budget
 from models.interface import IMAGENET_MEAN, IMAGENET_STD, SegmentationModel
-from models.unet import UNet
+from models.slicing import slice_from
+from models.unet import UNet, check_shape
 
 Architecture = Literal["unet", "deeplabv3plus", "segformer", "mobilenetv2", "dabnet", "hub"]
 
@@ -94,20 +95,11 @@ class ModelConfig:
                 raise self.wrong(
                     known.name, f"is no key of {self.name}; it has {', '.join(KEYS[self.name]) or 'none'}"
                 )
-        if self.stride not in (1, 2, 4, 8, 16, 32):
-            raise self.wrong("stride", f"{self.stride} is not a stride of the UNet; give 1, 2, 4, 8, 16 or 32")
         if self.width < 2 or self.width % 2:
             raise self.wrong("width", f"{self.width} is not an even number of channels; give 2 or more")
         if not 1 <= self.depth <= 6:
             raise self.wrong("depth", f"{self.depth} is out of range; give 1 to 6")
-        if self.stride > 4 * 2**self.depth:
-            raise self.wrong(
-                "stride", f"{self.stride} is coarser than a bottleneck of depth {self.depth}; give a greater depth"
-            )
-        if self.channels is not None and (len(self.channels) != self.depth + 1 or min(self.channels) < 1):
-            raise self.wrong(
-                "channels", f"{self.channels} is not a width for each of {self.depth + 1} levels; give as many"
-            )
+        check_shape(self.depth, self.stride, self.channels, self.key)
         if self.channels is not None and (self.max_parameters or self.max_flops):
             raise self.wrong("channels", "stands beside a budget, which chooses them; give one of both")
         for key in ("max_parameters", "max_flops", "multiplier"):
@@ -119,7 +111,8 @@ class ModelConfig:
         strides = {"deeplabv3plus": (8, 16), "mobilenetv2": (8, 16, 32)}.get(self.name, ())
         if self.output_stride is not None and self.output_stride not in strides:
             raise self.wrong(
-                "output_stride", f"{self.output_stride} is none of {self.name}; give {' or '.join(map(str, strides))}"
+                "output_stride",
+                f"{self.output_stride} is none of {self.name}; give {' or '.join(map(str, strides))}",
             )
         if self.name == "hub" and not self.weights:
             raise self.wrong("weights", "hub needs the folder or Hub name of a model; give it")
@@ -131,7 +124,17 @@ class ModelConfig:
 
 TEACHER_WIDTH = 32
 KEYS: dict[str, tuple[str, ...]] = {
-    "unet": ("width", "depth", "stride", "block", "channels", "max_parameters", "max_flops", "flops_size", "slice_from"),
+    "unet": (
+        "width",
+        "depth",
+        "stride",
+        "block",
+        "channels",
+        "max_parameters",
+        "max_flops",
+        "flops_size",
+        "slice_from",
+    ),
     "deeplabv3plus": ("encoder", "output_stride", "weights"),
     "segformer": ("variant", "weights"),
     "mobilenetv2": ("multiplier", "output_stride", "weights"),
@@ -267,8 +270,6 @@ def build_hub(config: ModelConfig, names: list[str]) -> SegmentationModel:
 
 def slice_from_run(config: ModelConfig, model: UNet) -> None:
     """The first weights of a UNet as a pruned copy of a wider one."""
-    from models.slicing import slice_from
-
     key = f"{config.key}.slice_from"
     folder = Path(config.slice_from)
     wide = load_model(folder / "best" if (folder / "best").is_dir() else folder)
@@ -288,6 +289,14 @@ def fetch_model(source: str, key: str) -> SegmentationModel:
     return load_model(hub.fetch_folder(source, key))
 
 
+def is_transformers(folder: Path) -> bool:
+    """Whether a model's folder is one of transformers, by its config.json, which need not be whole."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text())
+    except (ValueError, TypeError):
+        return False
+
+
 def load_model(folder: str | Path) -> SegmentationModel:
     """The model that `save_pretrained` wrote to `folder`: ours, or that of transformers.
 
@@ -302,17 +311,17 @@ def load_model(folder: str | Path) -> SegmentationModel:
         raise ConfigurationError(
             f"{folder / 'config.json'}: no such file; a model's folder has config.json and weights"
         )
+    if is_transformers(folder):
+        from models import hub
+
+        return hub.from_hub(str(folder), str(folder))
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        if "model_type" in config:
-            from models import hub
-
-            return hub.from_hub(str(folder), str(folder))
         cls = architecture(config.pop("name"))
         mean, std = config.pop("mean", IMAGENET_MEAN), config.pop("std", IMAGENET_STD)
         model = cls(**config)
         model.mean, model.std = tuple(mean), tuple(std)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigurationError) as error:
         raise DamagedFileError(
             f"{folder / 'config.json'}: not the configuration of a model ({error!r}); save the model again"
         ) from error

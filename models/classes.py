@@ -68,7 +68,7 @@ def match_classes(
             )
     known = [names_of(name) for name in theirs]
     own = {name for our in ours for name in names_of(our)}
-    groups = []
+    groups: list[list[int]] = []
     for our in ours:
         if our in absent:
             groups.append([])

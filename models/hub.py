@@ -404,7 +404,7 @@ def publish_mask2former(net: Any) -> tuple[dict[str, Tap], int]:
     masks = getattr(net.config, "mask_feature_size", None) or net.config.mask_dim
     decoder = net.model.transformer_module.decoder
     if hasattr(decoder, "layerdrop"):
-        decoder.layerdrop = 0.0  # transformers takes the dropout's rate; a layer left out has no gradient
+        decoder.layerdrop = 0.0  # transformers takes the dropout's rate, and fails where it leaves a layer out
     return named(encoder, encoder[-1], levels([32, 16, 8, 4], [width, width, width, masks])), 4
 
 

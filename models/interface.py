@@ -30,6 +30,9 @@ class Output:
     features: dict[str, Tensor] = field(default_factory=dict)
 
 
+torch.export.register_dataclass(Output, serialized_type_name="segdistill.Output")
+
+
 class Tap(NamedTuple):
     """Where knowledge can be read off a model: the channels and the stride of one feature map."""
 
@@ -95,6 +98,13 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
             raise ConfigurationError(
                 f"taps: {self.architecture} has no tap {unknown[0]!r}; it has {', '.join(self.taps)}"
             )
+
+    @classmethod
+    def _from_pretrained(cls, *, config: Any = None, strict: bool = True, **options: Any) -> Any:
+        """As the Hub's mixin does it, but strictly, and with the normalisation."""
+        model = super()._from_pretrained(strict=strict, **options)
+        model.mean, model.std = (tuple((config or {}).get(key, getattr(cls, key))) for key in ("mean", "std"))
+        return model
 
     def _save_pretrained(self, save_directory: Any) -> None:
         known = {"name": self.architecture, "mean": list(self.mean), "std": list(self.std)}

@@ -99,26 +99,26 @@ BLOCKS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
-def check_shape(depth: int, stride: int, channels: Sequence[int] | None = None) -> None:
+def check_shape(depth: int, stride: int, channels: Sequence[int] | None = None, key: str = "model") -> None:
     """Raises ConfigurationError, with the key `model.stride` or `model.channels`, if no UNet has this shape."""
     if stride not in STRIDES:
         known = f"{', '.join(map(str, STRIDES[:-1]))} or {STRIDES[-1]}"
-        raise ConfigurationError(f"model.stride: {stride} is not a stride of the UNet; give {known}")
+        raise ConfigurationError(f"{key}.stride: {stride} is not a stride of the UNet; give {known}")
     coarsest = min(stride, 4) * 2**depth
     if stride > coarsest:
         raise ConfigurationError(
-            f"model.stride: {stride} is beyond the bottleneck, which has stride {coarsest} at depth {depth}; "
+            f"{key}.stride: {stride} is beyond the bottleneck, which has stride {coarsest} at depth {depth}; "
             "give a smaller stride or a greater depth"
         )
     if channels is None:
         return
     if len(channels) != depth + 1:
         raise ConfigurationError(
-            f"model.channels: {len(channels)} numbers, but depth {depth} has {depth} levels and the bottleneck; "
+            f"{key}.channels: {len(channels)} numbers, but depth {depth} has {depth} levels and the bottleneck; "
             f"give {depth + 1}"
         )
     if min(channels) < 2:
-        raise ConfigurationError(f"model.channels: {min(channels)} is too few for a level; give 2 or more")
+        raise ConfigurationError(f"{key}.channels: {min(channels)} is too few for a level; give 2 or more")
 
 
 class UNet(SegmentationModel):

@@ -154,6 +154,13 @@ def kill_in_step(step: int, number: int = signal.SIGKILL) -> None:
     engine.loop.learning_rate = learning_rate
 
 
+def set_offline(_: Any) -> None:
+    """As with HF_HUB_OFFLINE in the environment."""
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
 def terminate_in_step(step: int) -> None:
     kill_in_step(step, signal.SIGTERM)
 

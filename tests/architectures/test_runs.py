@@ -58,9 +58,7 @@ def check(run: Path, terms: list[str], ranks: int = 1) -> None:
     assert (run / "best" / "model.safetensors").exists()
 
 
-def teach_and_learn(
-    forks: Forks, name: str, folder: Path, teacher: Path, tmp_path: Path, ranks: int
-) -> None:
+def teach_and_learn(forks: Forks, name: str, folder: Path, teacher: Path, tmp_path: Path, ranks: int) -> None:
     script = "forks:run_script_file"
     taught, trained, student = tmp_path / "taught", tmp_path / "trained", tmp_path / "student"
     settings = MODELS[name]
@@ -76,14 +74,13 @@ def teach_and_learn(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_trains_teaches_and_learns(
-    forks: Forks, name: str, folder: Path, teacher: Path, tmp_path: Path
-) -> None:
+def test_trains_teaches_and_learns(forks: Forks, name: str, folder: Path, teacher: Path, tmp_path: Path) -> None:
     teach_and_learn(forks, name, folder, teacher, tmp_path, ranks=1)
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("mobilenetv2", "hub") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+    "name",
+    [name if name in ("mobilenetv2", "hub") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
 )
 def test_in_two_processes(forks: Forks, name: str, folder: Path, teacher: Path, tmp_path: Path) -> None:
     teach_and_learn(forks, name, folder, teacher, tmp_path, ranks=2)
