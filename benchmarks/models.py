@@ -63,10 +63,11 @@ Sources, and where a model departs from its paper or its authors' code, stand in
 
 **How to choose.** A teacher should be the best model that you can run; begin its encoder from pretrained weights
 (`model.weights=…`) where there are some, since from scratch on a small data set a large encoder loses to a small
-one. It sees every batch of the training and nothing of the deployment. A student is chosen by what it may cost: `student.max_parameters=500000` or `student.max_flops=2e9` makes the widest
-UNet that fits, and `student.block=separable` or `inverted` buys width for parameters. A large stride is the
-cheapest way to be fast: `student.stride=16` leaves out the decoder's finest and costliest levels; the logits are
-coarser, but the losses upsample them exactly (`losses/upsampled.py`), and thin things suffer first. Parameters,
+one. It sees every batch of the training and nothing of the deployment. A student is chosen by what it may cost:
+`student.max_parameters=500000` or `student.max_flops=2e9` makes the widest UNet that fits, and
+`student.block=separable` or `inverted` buys width for parameters. A large stride is the cheapest way to be fast:
+`student.stride=16` leaves out the decoder's finest and costliest levels; the logits are coarser, but the losses
+upsample them exactly (`losses/upsampled.py`), and thin things suffer first. Parameters,
 FLOPs and time do not agree: depthwise convolutions have few FLOPs and take long for them, so measure on the
 machine that matters (`python profile_latency.py model.name=… size=[h,w]`).
 

@@ -20,7 +20,7 @@ class TeacherConfig:
     hub: str = ""
     """Name on the Hugging Face Hub, owner/name or owner/name@revision, in place of `run`."""
     classes: dict[str, str] = field(default_factory=dict)
-    """Our classes and what the teacher calls them, `{bicyclist: rider + bicycle}`, where names alone don't tell."""
+    """Our classes and what the teacher calls them, `{bicyclist: rider + bicycle}`, where names don't tell."""
     absent: list[str] = field(default_factory=list)
     """Our classes that the teacher may lack; it gives them a millionth of the probability."""
     accept_near_chance: bool = False

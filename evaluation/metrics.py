@@ -127,7 +127,7 @@ def scores(matrix: np.ndarray | Tensor) -> dict[str, Any]:
 
 
 def chance_miou(matrix: np.ndarray | Tensor) -> float:
-    """The mIoU that answers as frequent as those of a confusion matrix would have if they knew nothing of the truth.
+    """The mIoU that answers as frequent as those of a confusion matrix have if they know nothing of the truth.
 
     The expected counts are the products of the matrix's marginals, as in Cohen's kappa. An answer that is always
     the same class is its own chance.

@@ -82,7 +82,7 @@ class CWDConfig(FeatureTermConfig):
     weight: float = 3.0
     """Factor of the term in the total loss; 3 is published for logits, 50 for features."""
     taps: list[str] = field(default_factory=lambda: ["logits"])
-    """Where to compare: `logits`, `encoder`, `bottleneck`, `decoder`, `last`, a tap, or `student_tap:teacher_tap`."""
+    """Where to compare: `logits`, `encoder`, `bottleneck`, `decoder`, `last`, a tap, or `student:teacher` taps."""
     labelled_only: bool = True
     """Leave out positions without a label, which the paper does not."""
     temperature: float = 4.0

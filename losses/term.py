@@ -123,7 +123,7 @@ class TapsConfig(TermConfig):
     """A term that compares feature maps at one or several depths."""
 
     taps: list[str] = field(default_factory=lambda: ["bottleneck"])
-    """Where to compare: `encoder`, `bottleneck`, `decoder`, `last` (see auto_taps), a tap, `student_tap:teacher_tap`."""
+    """Where to compare: `encoder`, `bottleneck`, `decoder`, `last`, a tap, or `student_tap:teacher_tap`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,20 +1,17 @@
 """Encoders of transformers whose last strides can be dilations, and ImageNet weights for them."""
 
-import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from errors import ConfigurationError, DamagedFileError
+from models.batchnorm import SafeBatchNorm2d, recomputed
 from models.interface import SegmentationModel
+from models.weights import check_weights, fetch_folder, read_json, read_normalisation, read_weights
 
 
 @dataclass(frozen=True)
@@ -198,68 +195,16 @@ class UnevenConv2d(nn.Conv2d):
 
 class ImagePooling(nn.Module):
     """Image-level context (ParseNet, Liu et al. 2015): the mean of a map, 1×1 convolution, batch-norm, ReLU, on
-    every position.
-
-    In training with one image there is one value per channel, which batch-norm would turn into 0 or refuse: then,
-    and only then, it uses its running statistics. A synchronised batch-norm counts the images of all processes, so
-    every process calls it.
-    """
+    every position. With one image there is one value a channel, for which see SafeBatchNorm2d."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.reduce = nn.Conv2d(inputs, outputs, 1, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
+        self.norm = SafeBatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        pooled = self.reduce(x.mean((2, 3), keepdim=True))
-        if norm.training and len(pooled) == 1 and not _synchronised(norm):
-            pooled = F.batch_norm(
-                pooled, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps
-            )
-        else:
-            pooled = norm(pooled)
+        pooled = self.norm(self.reduce(x.mean((2, 3), keepdim=True)))
         return F.relu(pooled).expand(-1, -1, *x.shape[-2:])
-
-
-def _synchronised(norm: nn.Module) -> bool:
-    """Whether a batch-norm sees the images of more than one process."""
-    return isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() and dist.get_world_size() > 1
-
-
-class _KeptStatistics:
-    """Within it, the batch-norms of a module move copies of their running statistics.
-
-    Without any, as under `track_running_stats=False`, batch-norm would save fewer tensors than the first time,
-    which checkpointing refuses.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = [norm for norm in module.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
-        self.kept: list[tuple[nn.Module, str, Tensor]] = []
-
-    def __enter__(self) -> None:
-        for norm in self.norms:
-            for name, buffer in norm.named_buffers(recurse=False):
-                self.kept.append((norm, name, buffer))
-                setattr(norm, name, buffer.clone())
-
-    def __exit__(self, *error: object) -> None:
-        for norm, name, buffer in self.kept:
-            setattr(norm, name, buffer)
-        self.kept.clear()
-
-
-def recomputed(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """`module(*inputs)`, whose activations are not kept but computed again in the backward pass.
-
-    Batch-norm's running statistics move once, as without.
-    """
-
-    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), _KeptStatistics(module)
-
-    return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def load_encoder(model: SegmentationModel, encoder: Encoder, source: str, key: str) -> None:
@@ -276,21 +221,9 @@ def load_encoder(model: SegmentationModel, encoder: Encoder, source: str, key: s
         ConfigurationError: there is no such folder or model, no network, or it is another architecture.
         DamagedFileError: a file can't be read, or a weight is missing, superfluous or misshapen.
     """
-    from models.hub import fetch_folder
-
     folder = fetch_folder(source, key)
     _check_same_shape(encoder, folder, source, key)
-    paths = [folder / "model.safetensors"]
-    if not paths[0].is_file():
-        paths = sorted(folder.glob("model-*-of-*.safetensors"))
-    state: dict[str, Tensor] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise DamagedFileError(f"{path}: can't be read ({error}); download or save it again") from error
-
+    state = read_weights(folder)
     family = encoder.family
     if any(name.startswith(family.prefix) for name in state):
         state = {
@@ -299,29 +232,20 @@ def load_encoder(model: SegmentationModel, encoder: Encoder, source: str, key: s
             if name.startswith(family.prefix)
         }
     state = {name: value for name, value in state.items() if not name.startswith(family.head + ".")}
-    expected = encoder.body.state_dict()
-    wrong = [f"missing {name}" for name in expected.keys() - state.keys()]
-    wrong += [f"superfluous {name}" for name in state.keys() - expected.keys()]
-    wrong += [
-        f"{name} is {list(state[name].shape)}, not {list(expected[name].shape)}"
-        for name in expected.keys() & state.keys()
-        if state[name].shape != expected[name].shape
-    ]
-    if wrong:
-        listed = ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise DamagedFileError(f"{folder}: its weights are not those of {encoder.name}: {listed}; save it again")
-    normalisation = _read_normalisation(folder / "preprocessor_config.json")
+    check_weights(
+        state, encoder.body.state_dict(), f"{folder}: its weights are not those of {encoder.name}", "save it again"
+    )
+    normalisation = folder / "preprocessor_config.json"
+    if normalisation.is_file():
+        model.mean, model.std, _ = read_normalisation(folder, key)
     encoder.body.load_state_dict(state)
-    if normalisation is not None:
-        model.mean, model.std = normalisation
 
 
 def _check_same_shape(encoder: Encoder, folder: Path, source: str, key: str) -> None:
     """Raises ConfigurationError unless the configuration in `folder` is that of `encoder`."""
     path = folder / "config.json"
-    own = encoder.body.config
+    own, stated = encoder.body.config, read_json(path)
     try:
-        stated = json.loads(path.read_text())
         kind = stated.get("model_type")
         given = type(own).from_dict(stated) if kind == encoder.family.name else own
         different = [name for name in encoder.family.shape if _plain(given, name) != _plain(own, name)]
@@ -343,27 +267,3 @@ def _check_same_shape(encoder: Encoder, folder: Path, source: str, key: str) -> 
 def _plain(config: Any, name: str) -> Any:
     value = getattr(config, name)
     return list(value) if isinstance(value, list | tuple) else value
-
-
-def _read_normalisation(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation that a preprocessor_config.json states, or None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        stated = json.loads(path.read_text())
-        if stated.get("do_normalize") is False:
-            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        if "image_mean" not in stated or "image_std" not in stated:
-            return None
-        mean, std = _three(stated["image_mean"]), _three(stated["image_std"])
-        if min(std) <= 0:
-            raise ValueError("image_std is not positive")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"{path}: states no normalisation ({error}); download or save it again") from error
-    return mean, std
-
-
-def _three(values: Sequence[float]) -> tuple[float, ...]:
-    if len(values) != 3:
-        raise ValueError(f"{len(values)} values instead of 3")
-    return tuple(float(value) for value in values)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Union
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from errors import ConfigurationError, DamagedFileError
@@ -17,6 +16,7 @@ from models import budget
 from models.interface import IMAGENET_MEAN, IMAGENET_STD, SegmentationModel
 from models.slicing import slice_from
 from models.unet import UNet, check_shape
+from models.weights import check_weights, fetch_folder, read_weights
 
 Architecture = Literal["unet", "deeplabv3plus", "segformer", "mobilenetv2", "dabnet", "hub"]
 
@@ -76,8 +76,8 @@ class ModelConfig:
     multiplier: float = 1.0
     """MobileNetV2: factor of its channels."""
     weights: str = ""
-    """Folder or Hub name of the weights to begin with: of the encoder (DeepLabV3+, MobileNetV2, SegFormer) or of the
-    whole (SegFormer, hub). Nothing is drawn at random that they should have."""
+    """Folder or Hub name of the weights to begin with: of the encoder (DeepLabV3+, MobileNetV2, SegFormer) or of
+    the whole (SegFormer, hub). Nothing is drawn at random that they should have."""
     new_head: bool = False
     """hub: draw the classifier anew, where `weights` knows other classes than the data set."""
     pretrained: bool = True
@@ -233,7 +233,9 @@ def student_for(
     classes: int = 19,
     size: tuple[int, int] = (512, 1024),
 ) -> ModelConfig:
-    """The widest UNet within a budget, at most 2 % below it: `build_model(student_for(parameters=500_000), labels)`.
+    """The widest UNet within a budget, at most 2 % below it.
+
+    `build_model(student_for(parameters=500_000), labels)` makes it.
 
     Args:
         parameters: most parameters.
@@ -284,9 +286,7 @@ def fetch_model(source: str, key: str) -> SegmentationModel:
     Args:
         key: of the configuration, which an error begins with.
     """
-    from models import hub
-
-    return load_model(hub.fetch_folder(source, key))
+    return load_model(fetch_folder(source, key))
 
 
 def is_transformers(folder: Path) -> bool:
@@ -325,24 +325,8 @@ def load_model(folder: str | Path) -> SegmentationModel:
         raise DamagedFileError(
             f"{folder / 'config.json'}: not the configuration of a model ({error!r}); save the model again"
         ) from error
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise ConfigurationError(f"{weights}: no such file; a model's folder has config.json and weights")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise DamagedFileError(f"{weights}: can't be read ({error}); save the model again") from error
-    expected = model.state_dict()
-    wrong = [f"missing {name}" for name in expected.keys() - state.keys()]
-    wrong += [f"superfluous {name}" for name in state.keys() - expected.keys()]
-    wrong += [
-        f"{name} is {list(state[name].shape)}, not {list(expected[name].shape)}"
-        for name in expected.keys() & state.keys()
-        if state[name].shape != expected[name].shape
-    ]
-    if wrong:
-        listed = ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise DamagedFileError(f"{weights}: weights of another model: {listed}; check the folder's config.json")
+    state = read_weights(folder)
+    where = f"{folder / 'model.safetensors'}: weights of another model"
+    check_weights(state, model.state_dict(), where, "check the folder's config.json")
     model.load_state_dict(state)
     return model

@@ -9,8 +9,8 @@ from torch import Tensor
 from errors import ConfigurationError
 from models.interface import Output, SegmentationModel
 
-# What the classes of Cityscapes and of CamVid's 11 groups (Brostow et al. 2009) are called elsewhere, ADE20K included.
-# A class that we have ourselves is never taken as part of another: a car includes buses only where we have no bus.
+# What classes of Cityscapes and of CamVid's 11 groups (Brostow et al. 2009) are called elsewhere, as in ADE20K.
+# One that we have ourselves is never taken as part of another: a car includes buses only where we have no bus.
 PARTNERS = {
     "bicycle": ("bike",),
     "bicyclist": ("rider", "bicycle"),

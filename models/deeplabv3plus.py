@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.backbones import CONVNEXT, Encoder, ImagePooling, load_encoder, recomputed
+from models.backbones import CONVNEXT, Encoder, ImagePooling, load_encoder
+from models.batchnorm import recomputed
 from models.interface import Output, SegmentationModel, Tap, crop_to_native, pad_to
 from models.unet import conv_bn_relu
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from errors import ConfigurationError
 
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -46,8 +45,8 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
     `forward(images [B, 3, H, W], taps=()) -> Output` for any H and W. `save_pretrained(folder)` writes
     `model.safetensors` and `config.json` in the Hugging Face Hub's form; `models.load_model(folder)` reads them.
 
-    `mean` and `std`, RGB of values in 0..1, are the normalisation that the weights know, and are saved with them. A
-    batch that is normalised otherwise is announced by `take_images`, and `forward` converts it by `renormalise`.
+    `mean` and `std`, RGB of values in 0..1, are the normalisation that the weights know, and are saved with them.
+    A batch that is normalised otherwise is announced by `take_images`, and `forward` converts it by `renormalise`.
     """
 
     architecture: str
@@ -68,7 +67,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
         raise TypeError(f"{type(self).__name__} does not answer forward")
 
     def take_images(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """From now on `forward` is given images that are normalised by these; `mean` and `std` stay as they are."""
+        """From now on `forward` is given images normalised by these; `mean` and `std` stay as they are."""
         own, given = (torch.tensor([m, s], dtype=torch.float64) for m, s in ((self.mean, self.std), (mean, std)))
         same = torch.equal(own, given)
         factor, shift = given[1] / own[1], (given[0] - own[0]) / own[1]
@@ -82,7 +81,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
         return images * self.factor + self.shift
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trades time for memory in training: activations inside blocks are computed again in the backward pass."""
+        """Trades time for memory: activations inside blocks are computed again in the backward pass."""
         raise ConfigurationError(
             f"model.gradient_checkpointing: {self.architecture} has none; leave it out, or lower train.batch_size"
         )

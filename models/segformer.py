@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from errors import ConfigurationError, DamagedFileError
-from models.hub import HubModel, config_of, fetch_folder, load_network, names_of, read_json, read_normalisation
+from errors import ConfigurationError
+from models.hub import HubModel, config_of, load_network, names_of
+from models.weights import check_weights, fetch_folder, read_json, read_normalisation
 
 # Table 6 of the paper: channels C_i, layers L_i; and the decoder's channels C of section 4.1.
 VARIANTS: dict[str, tuple[list[int], list[int], int]] = {
@@ -75,7 +76,7 @@ class SegFormer(HubModel):
         it is. The normalisation stays as it is where the source has no preprocessor_config.json.
 
         Args:
-            source: a folder or a name on the Hub: see `models.hub.fetch_folder`.
+            source: a folder or a name on the Hub: see `models.weights.fetch_folder`.
             key: where the user wrote it; begins the message of an error.
 
         Raises:
@@ -111,16 +112,7 @@ class SegFormer(HubModel):
 
 def take_state(own: nn.Module, other: Any, folder: object) -> None:
     """Copies all weights and buffers of `other`, which has to have the same shape."""
-    theirs, ours = other.state_dict(), own.state_dict()
-    wrong = [f"missing {name}" for name in ours.keys() - theirs.keys()]
-    wrong += [f"superfluous {name}" for name in theirs.keys() - ours.keys()]
-    wrong += [
-        f"{name} is {list(theirs[name].shape)}, not {list(ours[name].shape)}"
-        for name in ours.keys() & theirs.keys()
-        if ours[name].shape != theirs[name].shape
-    ]
-    if wrong:
-        listed = ", ".join(sorted(wrong)[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise DamagedFileError(f"{folder}: weights of another SegFormer: {listed}; check model.variant")
+    theirs = other.state_dict()
+    check_weights(theirs, own.state_dict(), f"{folder}: weights of another SegFormer", "check model.variant")
     with torch.no_grad():
         own.load_state_dict(theirs)

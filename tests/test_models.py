@@ -143,8 +143,8 @@ def test_from_a_tenth_to_thirty_million_parameters() -> None:
         ({"stride": 3}, "model.stride: 3 is not a stride of the UNet; give 1, 2, 4, 8, 16 or 32"),
         (
             {"stride": 32, "depth": 2},
-            "model.stride: 32 is beyond the bottleneck, which has stride 16 at depth 2; give a smaller stride or a greater "
-            "depth",
+            "model.stride: 32 is beyond the bottleneck, which has stride 16 at depth 2; give a smaller stride or "
+            "a greater depth",
         ),
         ({"channels": [4, 8]}, "model.channels: 2 numbers, but depth 3 has 3 levels and the bottleneck; give 4"),
         (

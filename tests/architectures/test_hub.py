@@ -26,17 +26,10 @@ from torch import Tensor
 
 from errors import ConfigurationError, DamagedFileError
 from models import load_model
-from models.hub import (
-    FAMILIES,
-    HubModel,
-    config_of,
-    fetch_folder,
-    from_hub,
-    from_shape,
-    pixel_scores,
-    read_normalisation,
-)
+from models.families import FAMILIES, pixel_scores
+from models.hub import HubModel, config_of, from_hub, from_shape
 from models.interface import IMAGENET_MEAN, IMAGENET_STD, native_size
+from models.weights import fetch_folder, read_normalisation
 
 NAMES = ["road", "car", "sky"]
 SWIN = {
@@ -695,6 +688,9 @@ def test_oneformer_needs_its_tokenizer_and_eomt_its_annealing(tmp_path: Path) ->
 def test_a_fixed_size_is_fixed() -> None:
     with pytest.raises(ConfigurationError, match="^model.size"):
         HubModel(NAMES, configuration("beit"), size=[32, 32])
+    for size in ([64, 90], [64], [-32, 32]):
+        with pytest.raises(ConfigurationError, match="^model.size"):
+            HubModel(NAMES, configuration("segformer"), size=size)
     model = HubModel(NAMES, configuration("segformer"), size=[64, 96])
     assert model(torch.randn(1, 3, 30, 50)).logits.shape == (1, 3, 8, 13)
 
@@ -722,11 +718,27 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert fetch_folder(str(tmp_path), "teacher.run", weights=False) == tmp_path
     with pytest.raises(ConfigurationError, match="has no weights"):
         fetch_folder(str(tmp_path), "teacher.run")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigurationError, match="has only pickled weights; save it"):
-        fetch_folder(str(tmp_path), "teacher.run")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert fetch_folder(str(tmp_path), "teacher.run") == tmp_path
+
+
+def test_older_weights_are_read_as_tensors_alone(saved: Any) -> None:
+    """pytorch_model.bin, as the first checkpoints of SegFormer have it; code in it is not run."""
+    folder, _ = saved("segformer")
+    expected = from_hub(str(folder)).state_dict()
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = from_hub(str(folder)).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b""):
+        (folder / "pytorch_model.bin").write_bytes(damaged)
+        with pytest.raises(DamagedFileError, match="can't be read"):
+            from_hub(str(folder))
+    torch.save({"weight": Path.cwd}, folder / "pytorch_model.bin")
+    with pytest.raises(DamagedFileError, match="can't be read"):
+        from_hub(str(folder))
 
 
 def refusal(cls: type[Exception], status: int) -> Exception:
@@ -752,7 +764,7 @@ def test_no_answer_of_the_hub(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr("models.hub.HfApi.model_info", fail)
+    monkeypatch.setattr("models.weights.HfApi.model_info", fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigurationError, match=f"^teacher.run: owner/name.*{said}") as caught:
         fetch_folder("owner/name@v2", "teacher.run")
@@ -769,17 +781,17 @@ def test_the_cache_serves_where_there_is_no_network(tmp_path: Path, monkeypatch:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise httpx.ConnectError("no network")
 
-    monkeypatch.setattr("models.hub.HfApi.model_info", fail)
+    monkeypatch.setattr("models.weights.HfApi.model_info", fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert fetch_folder("owner/name", "teacher.run") == snapshot
     assert from_hub("owner/name").class_names == NAMES
 
 
-def test_pickles_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [SimpleNamespace(rfilename=name) for name in ("config.json", "pytorch_model.bin")]
-    monkeypatch.setattr("models.hub.HfApi.model_info", lambda *args, **kwargs: SimpleNamespace(siblings=files))
-    monkeypatch.setattr("models.hub.snapshot_download", lambda *args, **kwargs: pytest.fail("fetched"))
-    with pytest.raises(ConfigurationError, match="only pickled weights on the Hub; give a revision"):
+def test_a_repository_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [SimpleNamespace(rfilename=name) for name in ("config.json", "tf_model.h5")]
+    monkeypatch.setattr("models.weights.HfApi.model_info", lambda *args, **kwargs: SimpleNamespace(siblings=files))
+    monkeypatch.setattr("models.weights.snapshot_download", lambda *args, **kwargs: pytest.fail("fetched"))
+    with pytest.raises(ConfigurationError, match="teacher.run: owner/name has no weights on the Hub; check"):
         fetch_folder("owner/name", "teacher.run")
 
 
@@ -792,11 +804,14 @@ def test_only_what_is_needed_is_fetched(saved: Any, monkeypatch: pytest.MonkeyPa
         asked[name] = options
         return str(folder)
 
-    monkeypatch.setattr("models.hub.HfApi.model_info", lambda *args, **kwargs: SimpleNamespace(siblings=files))
-    monkeypatch.setattr("models.hub.snapshot_download", fetch)
+    monkeypatch.setattr("models.weights.HfApi.model_info", lambda *args, **kwargs: SimpleNamespace(siblings=files))
+    monkeypatch.setattr("models.weights.snapshot_download", fetch)
     assert fetch_folder("owner/name@v2", "teacher.run") == folder
     assert asked["owner/name"]["revision"] == "v2"
     assert asked["owner/name"]["allow_patterns"] == ["*.json", "*.txt", "*.safetensors"]
+    del files[1]
+    assert fetch_folder("owner/name", "teacher.run") == folder
+    assert "pytorch_model*" in asked["owner/name"]["allow_patterns"]
 
 
 # --------------------------------------------------------------------------------------------------- backbones

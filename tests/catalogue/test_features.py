@@ -1,10 +1,10 @@
 """Distillation of feature maps, value by value."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import itertools
 import pytest
 import torch
 import torch.nn.functional as F

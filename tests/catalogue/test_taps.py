@@ -117,5 +117,5 @@ def test_words_and_taps_add_up_without_repeating() -> None:
 
 
 def test_a_memory_takes_one_pair() -> None:
-    with pytest.raises(ConfigurationError, match="losses.cirkd_memory.taps: encoder is 3 taps; name one, say last"):
+    with pytest.raises(ConfigurationError, match="taps: encoder is 3 taps; name one, say last"):
         DistillationLoss(LossConfig(cirkd_memory=CIRKDMemoryConfig(taps=["encoder"])), UNET, UNET, classes=3)
