@@ -52,7 +52,8 @@ def main(config: Config) -> None:
     with start_run(config) as run:
         train, val = build_dataset(config.data, "train"), build_dataset(config.data, "val")
         student = build_model(config.student, train.labels, config.data.mean, config.data.std)
-        teacher = load_teacher(config.teacher, config.data, train.labels.names)
+        with run.accelerator.local_main_process_first():  # which downloads it, if anyone has to
+            teacher = load_teacher(config.teacher, config.data, train.labels.names)
         steps = config.train.total_steps(train)
         objective = DistillationLoss(
             config.losses,
@@ -62,7 +63,7 @@ def main(config: Config) -> None:
             class_weights=train.class_weights,
             total_steps=steps,
         )
-        run.describe(student, objective, train, teacher)
+        run.describe(student, objective, train, teacher, fingerprint(teacher))
         offline = OfflineTeacher(teacher, run.accelerator.device, run.accelerator.autocast)
         taken = take_latents(run, objective.latents, config, teacher)
         announce(run, teacher, val, config.teacher)
@@ -88,15 +89,16 @@ def announce(run: Run, teacher: SegmentationModel, val: SegmentationData, config
     """Prints the teacher's own score, so that a wrong teacher is noticed before the training and not after it.
 
     Raises:
-        ConfigurationError: a teacher that is no run of ours scores less than twice what guessing would.
+        ConfigurationError: a teacher that is no run of ours has less than 3 % of what guesses lack of perfection.
     """
     matrix = evaluate(run.accelerator, teacher, val)
     score, guessed = 100 * summarise(matrix, teacher.class_names)["miou"], 100 * chance_miou(matrix)
     run.say(f"teacher: val mIoU {score:.2f} %")
-    if score >= 2 * guessed:
+    if score - guessed >= 0.03 * (100 - guessed):
         return
     said = f"val mIoU {score:.2f} % is near chance ({guessed:.2f} % for guesses as frequent as its answers)"
-    if (Path(config.run) / "config.yaml").exists() and config.run or config.accept_near_chance:
+    ours = bool(config.run) and (Path(config.run) / "config.yaml").exists()
+    if ours or config.accept_near_chance:
         run.say(f"teacher: WARNING: {said}")
         return
     raise ConfigurationError(

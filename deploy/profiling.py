@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,14 +44,15 @@ def count_flops(model: nn.Module, size: Sequence[int]) -> int:
     """Floating-point operations of one forward pass over one image of `size` (height, width).
 
     A multiply-add counts as 2, so this is twice the MACs that some papers call FLOPs. Convolutions and matrix
-    products count; normalisation, activations and resizing, which cost little, do not. Attention is computed by
-    its two matrix products for this, since PyTorch's counter does not know its fused kernel on a CPU.
+    products count; normalisation, activations and resizing, which cost little, do not. On a CPU attention is
+    computed by its two matrix products for this, since PyTorch's counter does not know its fused kernel there.
     """
     parameter = next(model.parameters())
     image = torch.zeros(1, 3, *size, dtype=parameter.dtype, device=parameter.device)
     was_training = model.training
     model.eval()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    known = sdpa_kernel(SDPBackend.MATH) if image.device.type == "cpu" else nullcontext()
+    with torch.no_grad(), known, FlopCounterMode(display=False) as counter:
         model(image)
     model.train(was_training)
     return counter.get_total_flops()

@@ -268,7 +268,8 @@ def _check(given: dict[Any, Any], keys: dict[str, Key], source: str, prefix: str
         elif isinstance(value, dict) and typing.get_origin(key.type) is not dict and key.type is not Any:
             raise _wrong_type(key, value, source)
         elif _takes_text(key.type):
-            for item in value if isinstance(value, list) else [value]:
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            for item in items:
                 if isinstance(item, bool):
                     raise ConfigurationError(
                         f"{source}{full}: expected {_type_name(key.type)}, got {_value_text(value)}: YAML reads "
@@ -280,9 +281,9 @@ def _check(given: dict[Any, Any], keys: dict[str, Key], source: str, prefix: str
 
 
 def _takes_text(hint: Any) -> bool:
-    """Whether a type, or the items of a list type, can be str but not bool."""
-    if typing.get_origin(hint) is list:
-        return _takes_text(typing.get_args(hint)[0]) if typing.get_args(hint) else False
+    """Whether a type, or the items of a list or mapping, can be str but not bool."""
+    if typing.get_origin(hint) in (list, dict):
+        return _takes_text(typing.get_args(hint)[-1]) if typing.get_args(hint) else False
     if typing.get_origin(hint) in (Union, types.UnionType):
         parts = typing.get_args(hint)
         return bool not in parts and any(_takes_text(part) for part in parts)

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from engine.checkpoint import recover_folder
 from engine.config import save, to_yaml
@@ -79,33 +80,45 @@ class Run:
             flat = {f"{split}/{key}": value for key, value in values.items() if not isinstance(value, dict)}
             self.mirror.log(flat | {f"system/{key}": value for key, value in system.items()}, step)
 
-    def describe(self, student: Any, objective: Any, data: Any, teacher: Any = None) -> None:
+    def describe(
+        self, student: Any, objective: Any, data: Any, teacher: Any = None, teacher_weights: str | None = None
+    ) -> None:
         """Prints what takes part and writes environment.json.
 
+        Args:
+            teacher_weights: their fingerprint; a run that goes on needs the same.
+
         Raises:
-            ConfigurationError: the run goes on, and its images or labels are no longer those that it began with.
+            ConfigurationError: the run goes on, and images, labels or teacher are no longer those of its start.
         """
         for role, model in (("model" if teacher is None else "student", student), ("teacher", teacher)):
             if model is not None:
                 millions = sum(p.numel() for p in model.parameters()) / 1e6
-                source = getattr(self.config, role, None)
-                of = f"{source.run or source.hub}, " if role == "teacher" and source else ""
+                of = ""
+                if role == "teacher":
+                    source = self.config.teacher  # type: ignore[attr-defined]
+                    of = f"{source.run or source.hub}, "
                 self.say(f"{role}: {of}{model.architecture}, {millions:.2f} M parameters, stride {model.stride}")
                 for note in model.notes():
                     self.say(f"{role}: {note}")
         self.say(f"data: {len(data)} images, {len(data.labels.names)} classes")
         for line in objective.describe():
             self.say(f"loss: {line}")
-        on_main_process(self.accelerator, lambda: self._write_environment(data.manifest_hash()))
+        inputs = {"data_manifest": data.manifest_hash(), "teacher_weights": teacher_weights}
+        on_main_process(self.accelerator, lambda: self._write_environment(inputs))
 
-    def _write_environment(self, manifest: str) -> None:
+    def _write_environment(self, inputs: dict[str, str | None]) -> None:
         path = self.folder / "environment.json"
-        if self.config.resume and path.exists() and read_json(path)["data_manifest"] != manifest:
-            raise ConfigurationError(
-                f"{path}: the run began with other images or labels than the data set has now; "
-                "restore the files, or begin in another run_dir"
-            )
-        write_json(path, environment(self.accelerator, manifest))
+        if self.config.resume and path.exists():
+            began = read_json(path)
+            words = {"data_manifest": "images or labels", "teacher_weights": "weights of the teacher"}
+            for name, value in inputs.items():
+                if began.get(name, value) != value:
+                    raise ConfigurationError(
+                        f"{path}: the run began with other {words[name]} than there are now; "
+                        "restore the files, or begin in another run_dir"
+                    )
+        write_json(path, environment(self.accelerator, **inputs))
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes results.json, which marks the run as finished."""
@@ -232,13 +245,19 @@ def changed_keys(saved: Path, config: Any) -> list[str]:
             return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
         return {prefix.rstrip("."): value}
 
-    before: Any = flatten(OmegaConf.to_container(OmegaConf.load(saved)))
+    try:  # a key that the saved one does not have yet had its default
+        whole = OmegaConf.merge(OmegaConf.structured(type(config)), OmegaConf.load(saved))
+    except OmegaConfBaseException as error:
+        return [error.full_key or str(saved)]
+    before: Any = flatten(OmegaConf.to_container(whole, enum_to_str=True))
     now: Any = flatten(OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
     different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return [key for key in different if not key.startswith(FREE_KEYS)]
 
 
-def environment(accelerator: Accelerator, manifest: str) -> dict[str, Any]:
+def environment(
+    accelerator: Accelerator, data_manifest: str | None, teacher_weights: str | None = None
+) -> dict[str, Any]:
     """What a number depends on besides the configuration."""
     device = accelerator.device
 
@@ -261,7 +280,8 @@ def environment(accelerator: Accelerator, manifest: str) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision,
-        "data_manifest": manifest,
+        "data_manifest": data_manifest,
+        **({"teacher_weights": teacher_weights} if teacher_weights else {}),
     }
 
 

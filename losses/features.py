@@ -167,11 +167,12 @@ class FeatureTerm(Term):
     """
 
     function: Callable[..., Tensor]
+    not_coarser = False  # whether the teacher's map may not be coarser than the student's
 
     def __init__(self, config: TapsConfig, context: Context) -> None:
         super().__init__()
         self.name = term_name(type(config))
-        self.pairs = pair_taps(self.name, config.taps, context)
+        self.pairs = pair_taps(self.name, config.taps, context, self.not_coarser)
         self.student_taps, self.teacher_taps = [s for s, _ in self.pairs], [t for _, t in self.pairs]
         self.labelled_only = isinstance(config, FeatureTermConfig) and config.labelled_only
         teacher = context.taught(self.name)

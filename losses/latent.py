@@ -268,6 +268,8 @@ class Reconstruction(nn.Module):
 class KTA(FeatureTerm):
     """`adaptation` of the student's features, behind 3×3 convolution, batch-norm and ReLU, to the latent."""
 
+    not_coarser = True
+
     def __init__(self, config: KTAConfig, context: Context) -> None:
         super().__init__(config, context)
         self.p, self.q = config.p, config.q
@@ -284,6 +286,7 @@ class Affinity(FeatureTerm):
     """`affinity` over the pairs, in the latent space behind an adapter of its own, or on raw features."""
 
     function = staticmethod(affinity)
+    not_coarser = True
 
     def __init__(self, config: AffinityConfig, context: Context) -> None:
         super().__init__(config, context)

@@ -192,8 +192,13 @@ class Term(nn.Module):
         return ""
 
 
-def pair_taps(name: str, taps: Sequence[str], context: Context) -> list[tuple[str, str]]:
+def pair_taps(
+    name: str, taps: Sequence[str], context: Context, not_coarser: bool = False
+) -> list[tuple[str, str]]:
     """Splits `tap` and `student:teacher` into pairs and checks that both models have them.
+
+    Args:
+        not_coarser: see auto_taps.
 
     Raises:
         ConfigurationError: naming the key and the taps there are.
@@ -202,7 +207,7 @@ def pair_taps(name: str, taps: Sequence[str], context: Context) -> list[tuple[st
     pairs = []
     for tap in taps:
         if tap in AUTO_TAPS:
-            pairs += auto_taps(name, tap, context.student, teacher)
+            pairs += auto_taps(name, tap, context.student, teacher, not_coarser)
             continue
         ours, _, theirs = tap.partition(":")
         theirs = theirs or ours
@@ -218,14 +223,16 @@ def pair_taps(name: str, taps: Sequence[str], context: Context) -> list[tuple[st
 AUTO_TAPS = ("encoder", "bottleneck", "decoder", "last")
 
 
-def auto_taps(name: str, part: str, student: Taps, teacher: Taps) -> list[tuple[str, str]]:
+def auto_taps(
+    name: str, part: str, student: Taps, teacher: Taps, not_coarser: bool = False
+) -> list[tuple[str, str]]:
     """The pairs of a part of two models, by stride and depth, whatever the models are.
 
     - `encoder`, `decoder`: as many pairs as the model with fewer taps there has, in the order of depth, no tap
       twice, so that the strides differ least; of two equal choices the one at the same relative depth, and a
       teacher's map rather finer than coarser.
-    - `bottleneck`: the bottlenecks; if the teacher's is coarser than the student's, the deepest tap of its encoder
-      that is not.
+    - `bottleneck`: the bottlenecks; for a term that can't take a teacher's map coarser than the student's
+      (`not_coarser`), the deepest of the teacher's encoder that is not, if its bottleneck is.
     - `last`: what the two classifiers see.
 
     A model without a decoder classifies its bottleneck, which then stands for its decoder.
@@ -247,7 +254,7 @@ def auto_taps(name: str, part: str, student: Taps, teacher: Taps) -> list[tuple[
             )
     if part == "last":
         return [(ours[-1], theirs[-1])]
-    if part == "bottleneck" and teacher[theirs[0]].stride > student[ours[0]].stride:
+    if part == "bottleneck" and not_coarser and teacher[theirs[0]].stride > student[ours[0]].stride:
         stride = student[ours[0]].stride
         theirs = [tap for tap in taps_of(teacher, "encoder") if teacher[tap].stride <= stride][-1:] or theirs
 

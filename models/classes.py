@@ -73,15 +73,18 @@ def match_classes(
         if our in absent:
             groups.append([])
         elif our in given:
-            groups.append([find(name.strip(), theirs, known) for name in given[our].split("+")])
+            groups.append(list(dict.fromkeys(find(name.strip(), theirs, known) for name in given[our].split("+"))))
         else:
-            alike = {name for name in PARTNERS.get(our, ()) if name not in own} | names_of(our)
+            partners = {name for word in names_of(our) for name in PARTNERS.get(word, ())}
+            alike = partners - own | names_of(our)
             groups.append([i for i, names in enumerate(known) if names & alike])
+    if not any(groups):
+        raise ConfigurationError("teacher.absent: names all classes; the teacher has to know one at least")
     missing = [our for our, group in zip(ours, groups, strict=True) if not group and our not in absent]
     if missing:
         raise ConfigurationError(
             f"teacher.classes: the teacher has none like {', '.join(missing)}; say which of its classes they are, "
-            f"as in teacher.classes={{{missing[0]}: {theirs[0]}}}, or that it lacks them, "
+            f"as in 'teacher.classes={{{missing[0]}: {theirs[0]}}}', or that it lacks them, "
             f"teacher.absent=[{','.join(missing)}]; it has {', '.join(theirs)}"
         )
     taken = [i for group in groups for i in group]
@@ -120,19 +123,22 @@ class Mapped(SegmentationModel):
     def __init__(self, model: SegmentationModel, class_names: Sequence[str], groups: list[list[int]]) -> None:
         super().__init__()
         self.model, self.groups, self.class_names = model, groups, list(class_names)
+        partners = torch.tensor([i for group in groups for i in group])
+        self.register_buffer("partners", partners, persistent=False)
         self.architecture, self.taps, self.stride = model.architecture, model.taps, model.stride
         self.mean, self.std = model.mean, model.std
+
+    partners: Tensor
 
     def take_images(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.model.take_images(mean, std)
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> Output:
         answer = self.model(images, taps)
-        logits = answer.logits.float()  # sums of exponentials
-        ours = [logits[:, group].logsumexp(1) if group else None for group in self.groups]
-        known = torch.stack([logit for logit in ours if logit is not None], 1)
-        least = known.logsumexp(1) - ABSENT
-        mapped = torch.stack([least if logit is None else logit for logit in ours], 1)
+        logits = answer.logits.float().index_select(1, self.partners)  # float32 for sums of exponentials
+        parts = iter(logits.split([len(group) for group in self.groups if group], 1))
+        least = logits.logsumexp(1) - ABSENT
+        mapped = torch.stack([next(parts).logsumexp(1) if group else least for group in self.groups], 1)
         return Output(mapped.to(answer.logits.dtype), answer.features)
 
     def notes(self) -> list[str]:

@@ -326,7 +326,9 @@ def run_oneformer(net: Any, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     maps = run_backbone(pixel.encoder, images)
     decoded = pixel.decoder(maps, output_hidden_states=False)
     decoder, features = list(decoded.multi_scale_features), decoded.mask_features
-    task = net.model.task_encoder(net.task.to(features.dtype).expand(len(images), -1))
+    with torch.autocast(images.device.type, enabled=False):  # tokens are numbers up to 49407
+        dtype = next(net.model.task_encoder.parameters()).dtype
+        task = net.model.task_encoder(net.task.to(dtype).expand(len(images), -1))
     answer = net.model.transformer_module(decoder, features, task)
     return pixel_scores(answer.prediction_class, answer.prediction_masks), [*maps, maps[-1], *decoder, features]
 

@@ -91,7 +91,8 @@ class HubModel(SegmentationModel):
         height, width = images.shape[-2:]
         images = self.renormalise(images)
         if self.size:
-            images = F.interpolate(images, size=tuple(self.size), mode="bilinear", antialias=True)
+            whole = F.interpolate(images.float(), size=tuple(self.size), mode="bilinear", antialias=True)
+            images = whole.to(images.dtype)  # antialiasing has no bfloat16 on a CPU
         else:
             images = pad_to(images, MULTIPLE)
 
@@ -127,15 +128,27 @@ def config_of(config: dict[str, Any], class_names: Sequence[str]) -> Any:
     given |= {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
     if config["model_type"] == "oneformer":
         given["is_training"] = False  # else it asks for a text to every image
-    return CONFIG_MAPPING[config["model_type"]].from_dict(given)
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(given)
+    except Exception as error:  # transformers' validators raise of many kinds
+        raise broken(config, error) from error
+
+
+def broken(config: dict[str, Any], error: Exception) -> DamagedFileError:
+    """The error of a configuration that transformers does not take."""
+    reason = " ".join(str(error).split())
+    return DamagedFileError(f"config.json of a {config['model_type']}: {reason}; download or save the model again")
 
 
 def new_network(config: dict[str, Any], class_names: Sequence[str]) -> Any:
     """A network with fresh weights."""
     import transformers
 
-    network = getattr(transformers, FAMILIES[config["model_type"]].network)
-    return network(config_of(config, class_names))
+    network, own = getattr(transformers, FAMILIES[config["model_type"]].network), config_of(config, class_names)
+    try:
+        return network(own)
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise broken(config, error) from error
 
 
 # --------------------------------------------------------------------------------------------------- loading

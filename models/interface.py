@@ -71,8 +71,9 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
         own, given = (torch.tensor([m, s], dtype=torch.float64) for m, s in ((self.mean, self.std), (mean, std)))
         same = torch.equal(own, given)
         factor, shift = given[1] / own[1], (given[0] - own[0]) / own[1]
-        self.factor = None if same else factor.float().view(3, 1, 1)
-        self.shift = None if same else shift.float().view(3, 1, 1)
+        where = next(self.parameters(), own).device
+        self.factor = None if same else factor.float().view(3, 1, 1).to(where)
+        self.shift = None if same else shift.float().view(3, 1, 1).to(where)
 
     def renormalise(self, images: Tensor) -> Tensor:
         """Images as the weights know them, of those that `take_images` announced."""
@@ -83,7 +84,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
     def enable_gradient_checkpointing(self) -> None:
         """Trades time for memory: activations inside blocks are computed again in the backward pass."""
         raise ConfigurationError(
-            f"model.gradient_checkpointing: {self.architecture} has none; leave it out, or lower train.batch_size"
+            f"gradient_checkpointing: {self.architecture} has none; leave it out, or lower train.batch_size"
         )
 
     def notes(self) -> list[str]:
@@ -107,7 +108,7 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Any) -> None:
         known = {"name": self.architecture, "mean": list(self.mean), "std": list(self.std)}
-        self._hub_mixin_config = known | dict(self._hub_mixin_config or {})  # type: ignore
+        self._hub_mixin_config = dict(self._hub_mixin_config or {}) | known  # type: ignore
         super()._save_pretrained(save_directory)
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -82,6 +83,8 @@ def download(source: str, key: str, weights: bool) -> Path:
         ) from error
     except RevisionNotFoundError as error:
         raise ConfigurationError(f"{key}: {name} has no revision {revision} on the Hub; check it") from error
+    except HFValidationError as error:
+        raise ConfigurationError(f"{key}: {source} is no folder and no name on the Hub; check it") from error
     except RepositoryNotFoundError as error:
         raise ConfigurationError(
             f"{key}: {source} is no folder and no model on the Hub; check the name, or log in if it is private"

@@ -182,6 +182,14 @@ def test_the_teachers_preset_width_is_no_mistake() -> None:
         ModelConfig(name="dabnet", width=48)
 
 
+def test_a_normalisation_that_is_announced_late_is_where_the_model_is() -> None:
+    model = small().to("meta")
+    model.take_images((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    assert model.factor.device.type == model.shift.device.type == "meta"
+    model.take_images(model.mean, model.std)
+    assert model.factor is None
+
+
 def test_same_seed_same_weights() -> None:
     for a, b in zip(small().state_dict().values(), small().state_dict().values(), strict=True):
         assert torch.equal(a, b)

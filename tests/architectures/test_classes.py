@@ -96,6 +96,19 @@ def test_classes_that_do_not_fit(theirs: list[str], ours: list[str], options: di
     assert "\n" not in str(caught.value)
 
 
+def test_spelling_does_not_matter() -> None:
+    assert match_classes(["signboard", "Pedestrian"], ["Traffic_Sign", "PERSON"]) == [[0], [1]]
+
+
+def test_a_class_named_twice_counts_once() -> None:
+    assert match_classes(["a", "b"], ["x", "b"], {"x": "a + a"}) == [[0], [1]]
+
+
+def test_one_class_at_least_is_known() -> None:
+    with pytest.raises(ConfigurationError, match="teacher.absent: names all classes"):
+        match_classes(["a"], ["x", "y"], absent=["x", "y"])
+
+
 def test_probabilities_of_partners_add_up() -> None:
     torch.manual_seed(0)
     model = build_model(

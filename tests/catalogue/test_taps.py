@@ -8,6 +8,7 @@ from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
 from losses.contrast import CIRKDMemoryConfig
 from losses.features import AttentionTransferConfig, FitnetConfig, ReviewConfig
+from losses.latent import AffinityConfig, KTAConfig
 from losses.term import auto_taps
 
 
@@ -66,8 +67,11 @@ def test_a_teacher_is_rather_finer() -> None:
     ("student", "teacher", "tap"),
     [(UNET, SEGFORMER, "bottleneck"), (UNET, DEEPLAB, "bottleneck"), (SHALLOW, SEGFORMER, "encoder.2")],
 )
-def test_bottleneck_is_not_coarser_than_the_students(student: dict, teacher: dict, tap: str) -> None:
-    assert auto_taps("kta", "bottleneck", student, teacher) == [("bottleneck", tap)]
+def test_the_latents_bottleneck_is_not_coarser_than_the_students(student: dict, teacher: dict, tap: str) -> None:
+    assert auto_taps("fitnet", "bottleneck", student, teacher) == [("bottleneck", "bottleneck")]
+    assert auto_taps("kta", "bottleneck", student, teacher, True) == [("bottleneck", tap)]
+    objective = DistillationLoss(LossConfig(kta=KTAConfig(), affinity=AffinityConfig()), student, teacher)
+    assert objective.teacher_taps == [tap]
 
 
 @pytest.mark.parametrize(
