@@ -80,7 +80,10 @@ def load_teacher(config: TeacherConfig, data: DataConfig, names: tuple[str, ...]
         raise ConfigurationError(
             "teacher.run: no teacher is named; give its run directory, say runs/teacher, or teacher.hub=OWNER/NAME"
         )
-    teacher = load_model(best_folder(config.run)) if config.run else fetch_model(config.hub, "teacher.hub")
+    if config.run:
+        teacher = load_model(best_folder(config.run), "teacher.run")
+    else:
+        teacher = fetch_model(config.hub, "teacher.hub")
     teacher.take_images(data.mean, data.std)
     return map_classes(teacher, names, config.classes, config.absent)
 

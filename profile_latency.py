@@ -4,7 +4,7 @@ runs                   python profile_latency.py runs/teacher runs/distilled
 a configuration        python profile_latency.py model.width=32 classes=11 size=[360,480]
 one thread, batch 8    python profile_latency.py runs/distilled threads=1 batch=8
 
-Prints a table and writes latency.json into each run.
+Prints a table and writes latency.json into each run (not into a bare model's folder).
 """
 
 from collections.abc import Mapping
@@ -125,8 +125,9 @@ def main(config: Config) -> None:
         }
     print(format_table(reports))
     for run in config.runs:
-        write_json(Path(run) / "latency.json", reports[run])
-        print(f"written: {Path(run) / 'latency.json'}")
+        if (Path(run) / "best").is_dir():  # not into a model's own folder
+            write_json(Path(run) / "latency.json", reports[run])
+            print(f"written: {Path(run) / 'latency.json'}")
 
 
 def load_models(config: Config) -> dict[str, SegmentationModel]:

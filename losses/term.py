@@ -214,7 +214,8 @@ def pair_taps(
         for side, wanted, known in (("student", ours, context.student), ("teacher", theirs, teacher)):
             if wanted not in known:
                 raise ConfigurationError(
-                    f"losses.{name}.taps: the {side} has no tap {wanted!r}; name some of {', '.join(known)}"
+                    f"losses.{name}.taps: the {side} has no tap {wanted!r}; name some of {', '.join(known)}, "
+                    f"or {', '.join(AUTO_TAPS)}, which stand for pairs of them"
                 )
         pairs.append((ours, theirs))
     return list(dict.fromkeys(pairs))

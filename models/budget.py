@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from errors import ConfigurationError
-from models.unet import EXPANSION, check_shape
+from models.unet import BLOCKS, EXPANSION, check_shape
 
 Channels = NDArray[Any]
 
@@ -56,7 +56,9 @@ def student_for(
         ConfigurationError: no budget is given, or not even the smallest UNet fits; level i of that has 2·2^i
             channels. Or there is no UNet of this stride and depth.
     """
-    check_shape(depth, stride)
+    check_shape(depth, stride, key="student_for")
+    if block not in BLOCKS:
+        raise ConfigurationError(f"student_for.block: {block!r} is no block; give one of {', '.join(BLOCKS)}")
     budgets = np.array([np.inf if budget is None else budget for budget in (parameters, flops)], dtype=float)
     if np.isinf(budgets).all():
         raise ConfigurationError("student_for: no budget; give parameters, flops or both")
@@ -68,12 +70,13 @@ def student_for(
 
     doubling = 2.0 ** np.arange(depth + 1)
     smallest = NARROWEST * doubling
+    at = f" at {size[0]}×{size[1]}"
     least = unet_costs(smallest, stride=stride, block=block, classes=classes, size=size)
     for name, budget, needed in zip(("parameters", "flops"), budgets, least, strict=True):
         if needed > budget:
             raise ConfigurationError(
                 f"student_for.{name}: {budget:.0f} is too few: the smallest UNet of depth {depth}, "
-                f"stride {stride} and block {block} needs {needed:.0f}; give that, or another shape"
+                f"stride {stride} and block {block} needs {needed:.0f}{at if name == 'flops' else ''}; give that, or another shape"
             )
 
     def width(first: float | None = None) -> Channels:

@@ -43,6 +43,7 @@ class ModelConfig:
     """Which model, and its shape; a key of another architecture is an error."""
 
     key: ClassVar[str] = "model"
+    preset_width: ClassVar[int] = 32  # that of train_teacher.py, which is there whatever the architecture
 
     name: Architecture = "unet"
     """Architecture; hub is any segmentation model of Hugging Face transformers."""
@@ -90,11 +91,14 @@ class ModelConfig:
         for known in fields(self):
             value = getattr(self, known.name)
             default = known.default if known.default is not MISSING else known.default_factory()  # type: ignore
-            preset = known.name == "width" and value == TEACHER_WIDTH  # of train_teacher.py, whatever the model
+            preset = known.name == "width" and value == self.preset_width
             if known.name not in own and value != default and not preset:
                 raise self.wrong(
-                    known.name, f"is no key of {self.name}; it has {', '.join(KEYS[self.name]) or 'none'}"
+                    known.name, f"is no key of {self.name}, which has {', '.join(sorted(own))}; leave it out"
                 )
+        chosen = next((key for key in ("channels", "max_parameters", "max_flops") if getattr(self, key)), None)
+        if chosen and self.width not in (ModelConfig.width, self.preset_width):
+            raise self.wrong("width", f"stands beside {chosen}, which decides it; give one of both")
         if self.width < 2 or self.width % 2:
             raise self.wrong("width", f"{self.width} is not an even number of channels; give 2 or more")
         if not 1 <= self.depth <= 6:
@@ -112,7 +116,7 @@ class ModelConfig:
         if self.output_stride is not None and self.output_stride not in strides:
             raise self.wrong(
                 "output_stride",
-                f"{self.output_stride} is none of {self.name}; give {' or '.join(map(str, strides))}",
+                f"{self.output_stride} is no output stride of {self.name}; give {' or '.join(map(str, strides))}",
             )
         if self.name == "hub" and not self.weights:
             raise self.wrong("weights", "hub needs the folder or Hub name of a model; give it")
@@ -122,7 +126,6 @@ class ModelConfig:
         return ConfigurationError(f"{self.key}.{field}: {message}")
 
 
-TEACHER_WIDTH = 32
 KEYS: dict[str, tuple[str, ...]] = {
     "unet": (
         "width",
@@ -149,6 +152,7 @@ class StudentConfig(ModelConfig):
     """The student's model."""
 
     key: ClassVar[str] = "student"
+    preset_width: ClassVar[int] = ModelConfig.width
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -204,9 +208,9 @@ def build_model(
 def shape_of(config: ModelConfig, classes: int) -> dict[str, Any]:
     """The arguments of an architecture besides the class names; a budget becomes channels."""
     if config.name == "unet":
-        shape = {"width": config.width, "depth": config.depth, "stride": config.stride, "block": config.block}
         if config.max_parameters is None and config.max_flops is None:
-            return shape | ({"channels": list(config.channels)} if config.channels else {})
+            shape = {"depth": config.depth, "stride": config.stride, "block": config.block}
+            return shape | ({"channels": list(config.channels)} if config.channels else {"width": config.width})
         try:
             return budget.student_for(
                 parameters=config.max_parameters,
@@ -273,10 +277,9 @@ def build_hub(config: ModelConfig, names: list[str]) -> SegmentationModel:
 def slice_from_run(config: ModelConfig, model: UNet) -> None:
     """The first weights of a UNet as a pruned copy of a wider one."""
     key = f"{config.key}.slice_from"
-    folder = Path(config.slice_from)
-    wide = load_model(folder / "best" if (folder / "best").is_dir() else folder)
+    wide = load_model(config.slice_from, key)
     if not isinstance(wide, UNet):
-        raise ConfigurationError(f"{key}: {folder} is a {wide.architecture}; name the run of a UNet")
+        raise ConfigurationError(f"{key}: {config.slice_from} is a {wide.architecture}; name the run of a UNet")
     slice_from(model, wide, key)
 
 
@@ -286,7 +289,7 @@ def fetch_model(source: str, key: str) -> SegmentationModel:
     Args:
         key: of the configuration, which an error begins with.
     """
-    return load_model(fetch_folder(source, key))
+    return load_model(fetch_folder(source, key), key)
 
 
 def is_transformers(folder: Path) -> bool:
@@ -297,16 +300,21 @@ def is_transformers(folder: Path) -> bool:
         return False
 
 
-def load_model(folder: str | Path) -> SegmentationModel:
-    """The model that `save_pretrained` wrote to `folder`: ours, or that of transformers.
+def load_model(folder: str | Path, key: str = "model") -> SegmentationModel:
+    """The model that `save_pretrained` wrote to `folder`, ours or that of transformers, in eval mode.
 
-    A missing, superfluous or misshapen weight is an error, never a random initialisation.
+    A run's directory stands for its `best`. A missing, superfluous or misshapen weight is an error, never a random
+    initialisation.
+
+    Args:
+        key: of the configuration, for errors that are about a folder of transformers.
 
     Raises:
         ConfigurationError: the folder or one of its two files does not exist.
         DamagedFileError: a file can't be read, or its weights are not those of its configuration.
     """
     folder = Path(folder)
+    folder = folder / "best" if (folder / "best").is_dir() else folder
     if not (folder / "config.json").is_file():
         raise ConfigurationError(
             f"{folder / 'config.json'}: no such file; a model's folder has config.json and weights"
@@ -314,7 +322,7 @@ def load_model(folder: str | Path) -> SegmentationModel:
     if is_transformers(folder):
         from models import hub
 
-        return hub.from_hub(str(folder), str(folder))
+        return hub.from_hub(str(folder), key).eval()
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         cls = architecture(config.pop("name"))
@@ -323,10 +331,11 @@ def load_model(folder: str | Path) -> SegmentationModel:
         model.mean, model.std = tuple(mean), tuple(std)
     except (ValueError, KeyError, TypeError, AttributeError, ConfigurationError) as error:
         raise DamagedFileError(
-            f"{folder / 'config.json'}: not the configuration of a model ({error!r}); save the model again"
+            f"{folder / 'config.json'}: not the configuration of a model ({error!r}); save the model again, or "
+            "add an architecture of your own to models/build.py"
         ) from error
     state = read_weights(folder)
     where = f"{folder / 'model.safetensors'}: weights of another model"
     check_weights(state, model.state_dict(), where, "check the folder's config.json")
     model.load_state_dict(state)
-    return model
+    return model.eval()

@@ -1,5 +1,6 @@
 """A model that knows other classes, answering in ours: partners by name, probabilities added up."""
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -63,8 +64,10 @@ def match_classes(
     for key, named in (("classes", given), ("absent", absent)):
         unknown = [name for name in named if name not in ours]
         if unknown:
+            meant = difflib.get_close_matches(unknown[0], ours, n=1)
             raise ConfigurationError(
-                f"teacher.{key}: {unknown[0]!r} is no class of the data set; it has {', '.join(ours)}"
+                f"teacher.{key}: {unknown[0]!r} is no class of the data set; "
+                + (f"did you mean {meant[0]}?" if meant else f"it has {', '.join(ours)}")
             )
     known = [names_of(name) for name in theirs]
     own = {name for our in ours for name in names_of(our)}
@@ -84,8 +87,8 @@ def match_classes(
     if missing:
         raise ConfigurationError(
             f"teacher.classes: the teacher has none like {', '.join(missing)}; say which of its classes they are, "
-            f"as in 'teacher.classes={{{missing[0]}: {theirs[0]}}}', or that it lacks them, "
-            f"teacher.absent=[{','.join(missing)}]; it has {', '.join(theirs)}"
+            f"as in 'teacher.classes={{{missing[0]}: NAME + NAME}}', or that it lacks them, "
+            f"'teacher.absent=[{','.join(missing)}]'; it has {', '.join(theirs)}"
         )
     taken = [i for group in groups for i in group]
     twice = [i for i in taken if taken.count(i) > 1]

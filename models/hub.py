@@ -102,6 +102,9 @@ class HubModel(SegmentationModel):
         wanted = {tap: self.native(features[tap], height, width, self.taps[tap].stride) for tap in taps}
         return Output(self.native(logits, height, width, self.stride), wanted)
 
+    def notes(self) -> list[str]:
+        return [f"{type(self.net).__name__} of transformers"]
+
     def native(self, map_: Tensor, height: int, width: int, stride: int) -> Tensor:
         """A map of the resized or padded image as the contract wants it of the given one."""
         if self.size:

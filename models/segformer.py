@@ -71,9 +71,9 @@ class SegFormer(HubModel):
     def load_weights(self, source: str, key: str = "model.weights") -> None:
         """Takes the weights of a pretrained SegFormer of this shape, and the normalisation that they know.
 
-        An image classifier (nvidia/mit-b0 … b5, ImageNet) gives the encoder. A segmenter gives the decoder too,
-        and its classifier if its classes are this model's by name, in whatever order; else the classifier stays as
-        it is. The normalisation stays as it is where the source has no preprocessor_config.json.
+        An image classifier (nvidia/mit-b0 … b5, ImageNet) or a bare SegformerModel gives the encoder. A segmenter
+        gives the decoder too, and its classifier if its classes are this model's by name, in whatever order; else
+        the classifier stays as it is. So does the normalisation where the source has no preprocessor_config.json.
 
         Args:
             source: a folder or a name on the Hub: see `models.weights.fetch_folder`.
@@ -87,15 +87,18 @@ class SegFormer(HubModel):
         found = read_json(folder / "config.json")
         made = (found.get("architectures") or ["nothing that is named"])[0]
         whole = made == "SegformerForSemanticSegmentation"
-        if found.get("model_type") != "segformer" or not (whole or made == "SegformerForImageClassification"):
+        encoders = ("SegformerForImageClassification", "SegformerModel")
+        if found.get("model_type") != "segformer" or not (whole or made in encoders):
             raise ConfigurationError(
                 f"{key}: {folder} holds {made}, not a SegFormer; give nvidia/mit-b0 or the like"
             )
-        names = names_of(found, folder / "config.json")
+        names = (
+            names_of(found, folder / "config.json") if whole else list(found.get("id2label") or self.class_names)
+        )
         network = load_network(made, folder, config_of(found, names))
 
         if not whole:
-            take_state(self.net.segformer, network.segformer, folder)
+            take_state(self.net.segformer, getattr(network, "segformer", network), folder)
         elif sorted(names) == sorted(self.class_names):
             classifier, order = network.decode_head.classifier, [names.index(name) for name in self.class_names]
             classifier.weight.data, classifier.bias.data = (

@@ -152,11 +152,18 @@ def test_from_a_tenth_to_thirty_million_parameters() -> None:
             "model.channels: stands beside a budget, which chooses them; give one of both",
         ),
         ({"max_flops": 0.0}, "model.max_flops: 0.0 is not positive; give more"),
-        ({"name": "segformer", "depth": 2}, "model.depth: is no key of segformer; it has variant, weights"),
-        ({"name": "dabnet", "weights": "x"}, "model.weights: is no key of dabnet; it has none"),
+        (
+            {"name": "segformer", "depth": 2},
+            "model.depth: is no key of segformer, which has gradient_checkpointing, name, variant, weights; "
+            "leave it out",
+        ),
+        (
+            {"name": "dabnet", "weights": "x"},
+            "model.weights: is no key of dabnet, which has gradient_checkpointing, name; leave it out",
+        ),
         (
             {"name": "mobilenetv2", "output_stride": 4},
-            "model.output_stride: 4 is none of mobilenetv2; give 8 or 16 or 32",
+            "model.output_stride: 4 is no output stride of mobilenetv2; give 8 or 16 or 32",
         ),
         ({"name": "hub"}, "model.weights: hub needs the folder or Hub name of a model; give it"),
         ({"width": 5}, "model.width: 5 is not an even number of channels; give 2 or more"),
@@ -173,6 +180,14 @@ def test_shapes_that_do_not_exist(changes: dict[str, object], said: str) -> None
 def test_the_students_keys_are_called_so() -> None:
     with pytest.raises(ConfigurationError, match=r"^student.depth: is no key of dabnet"):
         StudentConfig(name="dabnet", depth=1)
+
+
+def test_a_budget_decides_the_width() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"^student.width: stands beside max_parameters, which decides it"
+    ):
+        StudentConfig(width=32, max_parameters=10**6)
+    assert StudentConfig(max_parameters=10**6).width == 16
 
 
 def test_the_teachers_preset_width_is_no_mistake() -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def example(heading: str) -> dict[str, Any]:
@@ -21,6 +22,12 @@ def example(heading: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(code, heading, "exec"), names)
     return names
+
+
+def test_what_is_linked_is_there() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_own_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,10 +219,19 @@ def test_weights_fit_or_are_refused(tmp_path: Path) -> None:
     assert all(same(one, other) for one, other in zip(parts(model), before, strict=True))
 
 
+def test_a_bare_encoder(tmp_path: Path) -> None:
+    whole = segmenter(NAMES)
+    whole.segformer.save_pretrained(tmp_path)
+    model = tiny()
+    model.load_weights(str(tmp_path))
+    for name, value in model.net.segformer.state_dict().items():
+        assert torch.equal(value, whole.segformer.state_dict()[name]), name
+
+
 def test_only_segformers(tmp_path: Path) -> None:
     folder = Path(write(tmp_path, segmenter(NAMES)))
     found = json.loads((folder / "config.json").read_text())
-    for changes in ({"model_type": "beit"}, {"architectures": ["SegformerModel"]}, {"architectures": []}):
+    for changes in ({"model_type": "beit"}, {"architectures": ["BeitModel"]}, {"architectures": []}):
         (folder / "config.json").write_text(json.dumps(found | changes))
         with pytest.raises(ConfigurationError, match="^model.weights: .*not a SegFormer"):
             tiny().load_weights(str(folder))

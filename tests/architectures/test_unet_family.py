@@ -250,8 +250,13 @@ def test_budgets_that_can_not_be_met() -> None:
     text = "is too few: the smallest UNet of depth 3, stride 4 and block plain needs"
     end = "give that, or another shape"
     assert said_by(student_for, parameters=5) == f"student_for.parameters: 5 {text} {needed[0]}; {end}"
-    assert said_by(student_for, parameters=10**6, flops=7) == f"student_for.flops: 7 {text} {needed[1]}; {end}"
-    assert said_by(student_for, parameters=10**6, stride=32, depth=2).startswith("model.stride: 32 is beyond")
+    assert said_by(student_for, parameters=10**6, flops=7) == (
+        f"student_for.flops: 7 {text} {needed[1]} at 512×1024; {end}"
+    )
+    assert said_by(student_for, parameters=10**6, stride=32, depth=2).startswith(
+        "student_for.stride: 32 is beyond"
+    )
+    assert said_by(student_for, parameters=10**6, block="foo").startswith("student_for.block: 'foo' is no block")
     assert student_for(parameters=needed[0])["channels"] == [2, 4, 8, 16]
 
 
