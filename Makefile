@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 CAMVID := runs/camvid-cpu
+STUDENTS := runs/camvid-students
+RECIPE := configs/camvid_students
 CHECKED := models data losses engine evaluation deploy tests benchmarks notebooks *.py
 
-.PHONY: help setup setup-dev demo demo-clean test test-slow lint format camvid benchmarks notebook clean
+.PHONY: help setup setup-dev demo demo-clean test test-slow lint format camvid camvid-students benchmarks notebook clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/run.done  ## make the environment .venv with what the scripts need
 
@@ -63,11 +65,27 @@ camvid: setup  ## the real CamVid experiment on a CPU (set CAMVID_ROOT); hours; 
 	$(RUN) profile_latency.py $(CAMVID)/teacher $(CAMVID)/baseline $(CAMVID)/distilled
 	$(RUN) evaluate.py $(CAMVID)/teacher $(CAMVID)/baseline $(CAMVID)/distilled split=test out=results/camvid-cpu
 
+camvid-students: setup  ## students of several kinds on real CamVid, three seeds (set CAMVID_ROOT); hours
+	$(RUN) train_teacher.py $(RECIPE)/recipe.yaml $(RECIPE)/teacher.yaml resume=true
+	for seed in 0 1 2; do \
+		for name in unet8 unet16 unet24 stride16 stride16_sliced dabnet; do \
+			$(RUN) train_teacher.py $(RECIPE)/recipe.yaml $(RECIPE)/$$name.yaml \
+				run_dir=$(STUDENTS)/$$name-$$seed seed=$$seed resume=true || exit; \
+		done; \
+		$(RUN) train_teacher.py $(RECIPE)/recipe.yaml $(RECIPE)/stride16.yaml train.steps=1800 \
+			run_dir=$(STUDENTS)/stride16_short-$$seed seed=$$seed resume=true || exit; \
+		$(RUN) distill.py $(RECIPE)/recipe.yaml $(RECIPE)/stride16_adapted.yaml \
+			run_dir=$(STUDENTS)/stride16_adapted-$$seed seed=$$seed resume=true || exit; \
+	done
+	$(RUN) profile_latency.py $(STUDENTS)/teacher $(STUDENTS)/*-0 backends=[eager]
+	$(RUN) evaluate.py $(STUDENTS)/teacher $(STUDENTS)/*-[0-9] split=test pictures=3 out=results/camvid-students
+
 benchmarks: setup  ## time and memory of the parts that we wrote ourselves
 	$(RUN) benchmarks/losses.py
 	$(RUN) benchmarks/affinity.py
 	$(RUN) benchmarks/step_time.py
 	$(RUN) benchmarks/streets.py
+	$(RUN) benchmarks/models.py
 
 notebook: setup-dev  ## make the notebooks' .ipynb from their .py
 	$(VENV)/bin/jupytext --to ipynb notebooks/*.py

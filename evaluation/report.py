@@ -73,7 +73,7 @@ def compare_runs(results: Sequence[Result]) -> str:
 
 
 def seeds_table(results: Sequence[Result]) -> str:
-    """One row for each method: the mean over its seeds and their spread; "" where no method has two.
+    """One row for each method: its costs, the mean over its seeds and their spread; "" where no method has two.
 
     The method of a result is its key `method`: equal for runs that differ in their seed alone. ± is the standard
     deviation over the seeds (n - 1). A method is named by what the names of its runs begin with.
@@ -88,10 +88,14 @@ def seeds_table(results: Sequence[Result]) -> str:
     for runs in methods.values():
         row: dict[str, Any] = {"method": os.path.commonprefix([str(run["run"]) for run in runs]).rstrip("-_./")}
         row["seeds"] = len(runs)
+        for key, heading in {"parameters": "params", "flops": "FLOPs"}.items():
+            row[heading] = quantity(runs[0][key]) if key in runs[0] else ABSENT  # the same for every seed
         for key, heading in shown.items():
             values = [100 * run[key] for run in runs]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             row[heading] = f"{statistics.mean(values):.2f}{spread}"
+        latencies = [run["latency_ms"] for run in runs if run.get("latency_ms")]
+        row["latency ms"] = significant(statistics.mean(latencies)) if latencies else ABSENT
         times = [run["train_seconds"] for run in runs if run.get("train_seconds")]
         row["training"] = duration(statistics.mean(times)) if times else ABSENT
         rows.append(row)

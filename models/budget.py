@@ -76,7 +76,8 @@ def student_for(
         if needed > budget:
             raise ConfigurationError(
                 f"student_for.{name}: {budget:.0f} is too few: the smallest UNet of depth {depth}, "
-                f"stride {stride} and block {block} needs {needed:.0f}{at if name == 'flops' else ''}; give that, or another shape"
+                f"stride {stride} and block {block} needs {needed:.0f}{at if name == 'flops' else ''}; "
+                "give that, or another shape"
             )
 
     def width(first: float | None = None) -> Channels:

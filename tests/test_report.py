@@ -89,14 +89,19 @@ def test_one_run_has_no_ratios_and_unknown_columns_are_left_out() -> None:
 def test_seeds_of_a_method_are_summed_up() -> None:
     def result(run: str, method: str, miou: float) -> dict[str, Any]:
         scores = {"miou": miou, "pixel_accuracy": 0.5, "class_accuracy": 0.25}
-        return {"run": run, "method": method, "train_seconds": 60.0 if method == "a" else None, **scores}
+        costs = (
+            {"parameters": 491_000, "flops": 1.03e9, "latency_ms": 10.0 + scores["miou"]} if method == "a" else {}
+        )
+        seconds = 60.0 if method == "a" else None
+        return {"run": run, "method": method, "train_seconds": seconds, **costs, **scores}
 
     runs = [result("x/kd-0", "a", 0.4), result("x/kta-0", "b", 0.5), result("x/kd-1", "a", 0.42)]
     lines = seeds_table(runs).splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[1:3]] == ["method", "seeds"]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
-    assert cells[0] == ["x/kd", "2", "41.00 ± 1.41", "50.00 ± 0.00", "25.00 ± 0.00", "1.00 min"]
-    assert cells[1] == ["x/kta-0", "1", "50.00", "50.00", "25.00", "–"]
+    scores = ["41.00 ± 1.41", "50.00 ± 0.00", "25.00 ± 0.00"]
+    assert cells[0] == ["x/kd", "2", "491 k", "1.03 G", *scores, "10.4", "1.00 min"]
+    assert cells[1] == ["x/kta-0", "1", "–", "–", "50.00", "50.00", "25.00", "–", "–"]
     assert seeds_table(runs[:2]) == ""
 
 

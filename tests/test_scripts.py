@@ -9,12 +9,14 @@ from types import ModuleType
 import cv2
 import numpy as np
 import pytest
+import yaml
 
 import distill
 import evaluate
 import train_teacher
-from engine.config import run_script
+from engine.config import parse, run_script
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = ["data.size=[32,64]", "data.scenes=8", "train.steps=4", "train.log_every=2", "train.batch_size=4"]
 SMALL = {"train_teacher": ["model.width=4", "model.depth=2"], "distill": ["student.width=2", "student.depth=2"]}
 RUNS = {"distill": "teacher.run", "evaluate": "runs"}
@@ -225,3 +227,16 @@ def test_wrong_teachers(call: Call, teacher: Path, tmp_path: Path) -> None:
     code, line = call(distill, teacher, *TINY, run, "losses.affinity.taps=[decoder.7]")
     assert code == 2
     assert "decoder.0" in line
+
+
+CONFIGURATIONS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name != "accelerate"]
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_the_repositorys_configurations_are_read(path: Path) -> None:
+    given = yaml.safe_load(path.read_text())
+    script = distill if {"teacher", "student"} & given.keys() or path.parent.name == "focus" else train_teacher
+    config = parse(script.Config, [str(path)], runs=RUNS.get(script.__name__))
+    if "run_dir" in given:
+        assert config.run_dir == given["run_dir"]
+        assert config.run_dir.startswith("runs/")
