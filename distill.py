@@ -12,7 +12,7 @@ from data import DataConfig, SegmentationData, build_dataset
 from engine.config import run_script
 from engine.loop import Teacher, evaluate, fit, summarise
 from engine.player import TrainConfig
-from engine.run import Run, best_folder, start_run
+from engine.run import Run, best_folder, on_main_process, start_run
 from engine.stage import load_weights, train_stage
 from engine.teachers import OfflineTeacher, TeacherConfig
 from engine.tracking import TrackingConfig
@@ -21,7 +21,15 @@ from evaluation.metrics import chance_miou
 from losses import DistillationLoss, LossConfig
 from losses.latent import Latents, Reconstruction
 from losses.logits import KDConfig
-from models import SegmentationModel, StudentConfig, build_model, fetch_model, fingerprint, load_model, map_classes
+from models import (
+    SegmentationModel,
+    StudentConfig,
+    build_model,
+    fetch_folder,
+    fingerprint,
+    load_model,
+    map_classes,
+)
 
 
 @dataclass
@@ -52,8 +60,9 @@ def main(config: Config) -> None:
     with start_run(config) as run:
         train, val = build_dataset(config.data, "train"), build_dataset(config.data, "val")
         student = build_model(config.student, train.labels, config.data.mean, config.data.std)
-        with run.accelerator.local_main_process_first():  # which downloads it, if anyone has to
-            teacher = load_teacher(config.teacher, config.data, train.labels.names)
+        if config.teacher.hub:  # downloaded once, so that the other processes find it
+            on_main_process(run.accelerator, lambda: str(fetch_folder(config.teacher.hub, "teacher.hub")))
+        teacher = load_teacher(config.teacher, config.data, train.labels.names)
         steps = config.train.total_steps(train)
         objective = DistillationLoss(
             config.losses,
@@ -83,7 +92,7 @@ def load_teacher(config: TeacherConfig, data: DataConfig, names: tuple[str, ...]
     if config.run:
         teacher = load_model(best_folder(config.run), "teacher.run")
     else:
-        teacher = fetch_model(config.hub, "teacher.hub")
+        teacher = load_model(fetch_folder(config.hub, "teacher.hub"), "teacher.hub")
     teacher.take_images(data.mean, data.std)
     return map_classes(teacher, names, config.classes, config.absent)
 

@@ -16,7 +16,7 @@ from models import budget
 from models.interface import IMAGENET_MEAN, IMAGENET_STD, SegmentationModel
 from models.slicing import slice_from
 from models.unet import UNet, check_shape
-from models.weights import check_weights, fetch_folder, read_weights
+from models.weights import check_weights, read_weights
 
 Architecture = Literal["unet", "deeplabv3plus", "segformer", "mobilenetv2", "dabnet", "hub"]
 
@@ -281,15 +281,6 @@ def slice_from_run(config: ModelConfig, model: UNet) -> None:
     if not isinstance(wide, UNet):
         raise ConfigurationError(f"{key}: {config.slice_from} is a {wide.architecture}; name the run of a UNet")
     slice_from(model, wide, key)
-
-
-def fetch_model(source: str, key: str) -> SegmentationModel:
-    """The model of a name on the Hub, which is downloaded, or taken from the cache where there is no network.
-
-    Args:
-        key: of the configuration, which an error begins with.
-    """
-    return load_model(fetch_folder(source, key), key)
 
 
 def is_transformers(folder: Path) -> bool:
