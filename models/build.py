@@ -200,7 +200,10 @@ def build_model(
     if config.slice_from:
         slice_from_run(config, model)
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        try:
+            model.enable_gradient_checkpointing()
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{config.key}.{error}") from error
     model.take_images(mean, std)
     return model
 

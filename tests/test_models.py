@@ -182,6 +182,11 @@ def test_the_students_keys_are_called_so() -> None:
         StudentConfig(name="dabnet", depth=1)
 
 
+def test_gradient_checkpointing_that_there_is_not() -> None:
+    with pytest.raises(ConfigurationError, match=r"^student.gradient_checkpointing: unet has none; leave it out"):
+        build_model(StudentConfig(gradient_checkpointing=True), Names)
+
+
 def test_a_budget_decides_the_width() -> None:
     with pytest.raises(
         ConfigurationError, match=r"^student.width: stands beside max_parameters, which decides it"

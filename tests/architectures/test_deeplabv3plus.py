@@ -1,5 +1,5 @@
 """DeepLabV3+, MobileNetV2 and their encoders: published sizes, dilation that keeps what the weights see, ImageNet
-weights that are loaded whole or refused. What every architecture promises is tested in test_contract.py."""
+weights that are loaded whole or refused. What every architecture promises is tested in test_every_model.py."""
 
 import json
 import os
