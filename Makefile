@@ -77,7 +77,7 @@ camvid-students: setup  ## students of several kinds on real CamVid, three seeds
 		$(RUN) distill.py $(RECIPE)/recipe.yaml $(RECIPE)/stride16_adapted.yaml \
 			run_dir=$(STUDENTS)/stride16_adapted-$$seed seed=$$seed resume=true || exit; \
 	done
-	$(RUN) profile_latency.py $(STUDENTS)/teacher $(STUDENTS)/*-0 backends=[eager]
+	$(RUN) profile_latency.py $(STUDENTS)/teacher $(STUDENTS)/*-0 backends=[eager] threads=1 rounds=15
 	$(RUN) evaluate.py $(STUDENTS)/teacher $(STUDENTS)/*-[0-9] split=test pictures=3 out=results/camvid-students
 
 benchmarks: setup  ## time and memory of the parts that we wrote ourselves

@@ -12,7 +12,7 @@ from data import DataConfig, SegmentationData, build_dataset
 from engine.config import run_script
 from engine.loop import Teacher, evaluate, fit, summarise
 from engine.player import TrainConfig
-from engine.run import Run, best_folder, on_main_process, start_run
+from engine.run import Run, on_main_process, start_run
 from engine.stage import load_weights, train_stage
 from engine.teachers import OfflineTeacher, TeacherConfig
 from engine.tracking import TrackingConfig
@@ -72,9 +72,10 @@ def main(config: Config) -> None:
             class_weights=train.class_weights,
             total_steps=steps,
         )
-        run.describe(student, objective, train, teacher, fingerprint(teacher))
+        teacher_weights = fingerprint(teacher)
+        run.describe(student, objective, train, teacher, teacher_weights)
         offline = OfflineTeacher(teacher, run.accelerator.device, run.accelerator.autocast)
-        taken = take_latents(run, objective.latents, config, teacher)
+        taken = take_latents(run, objective.latents, config, teacher_weights)
         announce(run, teacher, val, config.teacher)
         if not taken:
             train_latents(run, objective.latents, train, config, offline)
@@ -90,7 +91,7 @@ def load_teacher(config: TeacherConfig, data: DataConfig, names: tuple[str, ...]
             "teacher.run: no teacher is named; give its run directory, say runs/teacher, or teacher.hub=OWNER/NAME"
         )
     if config.run:
-        teacher = load_model(best_folder(config.run), "teacher.run")
+        teacher = load_model(config.run, "teacher.run")
     else:
         teacher = load_model(fetch_folder(config.hub, "teacher.hub"), "teacher.hub")
     teacher.take_images(data.mean, data.std)
@@ -119,7 +120,7 @@ def announce(run: Run, teacher: SegmentationModel, val: SegmentationData, config
     )
 
 
-def take_latents(run: Run, latents: Latents, config: Config, teacher: SegmentationModel) -> bool:
+def take_latents(run: Run, latents: Latents, config: Config, teacher_weights: str) -> bool:
     """Takes the encoders of knowledge adaptation from the file that is named; False if they must be trained."""
     file = config.losses.autoencoder.file
     if file and not latents.taps:
@@ -128,7 +129,7 @@ def take_latents(run: Run, latents: Latents, config: Config, teacher: Segmentati
         )
     if not latents.taps:
         return True
-    latents.made_for["teacher"] = fingerprint(teacher)
+    latents.made_for["teacher"] = teacher_weights
     if not file:
         return False
     path = Path(file) / "autoencoder.safetensors" if Path(file).is_dir() else Path(file)

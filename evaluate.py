@@ -28,7 +28,7 @@ from deploy.profiling import count_flops, count_parameters
 from engine.config import run_script
 from engine.loop import evaluate, summarise
 from engine.player import TrainConfig
-from engine.run import best_folder, environment, on_main_process, read_json, start_accelerator
+from engine.run import environment, on_main_process, read_json, start_accelerator
 from engine.tracking import write_json
 from errors import ConfigurationError
 from evaluation.metrics import predict
@@ -62,7 +62,7 @@ def main(config: Config) -> None:
     results, columns = [], []
     for run_dir in config.runs:
         folder = Path(run_dir)
-        model = load_model(best_folder(folder)).to(accelerator.device).eval()
+        model = load_model(folder).to(accelerator.device).eval()
         data_of_run = data_config(folder, config.root)
         data = build_dataset(data_of_run, config.split)
         model.take_images(data_of_run.mean, data_of_run.std)

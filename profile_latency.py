@@ -28,7 +28,7 @@ from deploy.profiling import (
     summarise,
 )
 from engine.config import run_script
-from engine.run import best_folder, cpu_name
+from engine.run import cpu_name
 from engine.tracking import write_json
 from errors import ConfigurationError
 from evaluation.report import quantity, significant, table
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
 
 def load_models(config: Config) -> dict[str, SegmentationModel]:
     """The models to profile by the name of their row: the run's directory, or "untrained model"."""
-    models = {run: load_model(best_folder(run)) for run in config.runs}
+    models = {run: load_model(run) for run in config.runs}
     if config.model is not None or not models:
         names = Names(tuple(f"class {number}" for number in range(config.classes)))
         models["untrained model"] = build_model(config.model or ModelConfig(), names)

@@ -308,15 +308,3 @@ def read_json(path: Path) -> Any:
         raise ConfigurationError(f"{path}: no such file; name the directory of a finished run") from error
     except ValueError as error:
         raise DamagedFileError(f"{path}: not JSON ({error}); make it again") from error
-
-
-def best_folder(run_dir: str | Path) -> Path:
-    """The weights of a run directory; a model's own folder is taken as it is.
-
-    Raises:
-        ConfigurationError: the run has not been evaluated yet, so it has none.
-    """
-    folder = Path(run_dir)
-    if (folder / "config.yaml").exists() and not (folder / "best").is_dir():
-        raise ConfigurationError(f"{folder}: holds no weights yet (no best/); finish the run, or name another")
-    return folder / "best" if (folder / "best").is_dir() else folder

@@ -286,14 +286,6 @@ def slice_from_run(config: ModelConfig, model: UNet) -> None:
     slice_from(model, wide, key)
 
 
-def is_transformers(folder: Path) -> bool:
-    """Whether a model's folder is one of transformers, by its config.json, which need not be whole."""
-    try:
-        return "model_type" in json.loads((folder / "config.json").read_text())
-    except (ValueError, TypeError):
-        return False
-
-
 def load_model(folder: str | Path, key: str = "model") -> SegmentationModel:
     """The model that `save_pretrained` wrote to `folder`, ours or that of transformers, in eval mode.
 
@@ -304,30 +296,35 @@ def load_model(folder: str | Path, key: str = "model") -> SegmentationModel:
         key: of the configuration, for errors that are about a folder of transformers.
 
     Raises:
-        ConfigurationError: the folder or one of its two files does not exist.
+        ConfigurationError: the folder or one of its two files does not exist, or the run was not evaluated yet.
         DamagedFileError: a file can't be read, or its weights are not those of its configuration.
     """
     folder = Path(folder)
-    folder = folder / "best" if (folder / "best").is_dir() else folder
+    if (folder / "best").is_dir():
+        folder = folder / "best"
+    elif (folder / "config.yaml").exists():
+        raise ConfigurationError(f"{folder}: holds no weights yet (no best/); finish the run, or name another")
     if not (folder / "config.json").is_file():
         raise ConfigurationError(
             f"{folder / 'config.json'}: no such file; a model's folder has config.json and weights"
         )
-    if is_transformers(folder):
-        from models import hub
-
-        return hub.from_hub(str(folder), key).eval()
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        cls = architecture(config.pop("name"))
-        mean, std = config.pop("mean", IMAGENET_MEAN), config.pop("std", IMAGENET_STD)
-        model = cls(**config)
-        model.mean, model.std = tuple(mean), tuple(std)
+        of_transformers = "model_type" in config
+        if not of_transformers:
+            cls = architecture(config.pop("name"))
+            mean, std = config.pop("mean", IMAGENET_MEAN), config.pop("std", IMAGENET_STD)
+            model = cls(**config)
+            model.mean, model.std = tuple(mean), tuple(std)
     except (ValueError, KeyError, TypeError, AttributeError, ConfigurationError) as error:
         raise DamagedFileError(
             f"{folder / 'config.json'}: not the configuration of a model ({error!r}); save the model again, or "
             "add an architecture of your own to models/build.py"
         ) from error
+    if of_transformers:
+        from models import hub
+
+        return hub.from_hub(str(folder), key).eval()
     state = read_weights(folder)
     where = f"{folder / 'model.safetensors'}: weights of another model"
     check_weights(state, model.state_dict(), where, "check the folder's config.json")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import ConfigurationError
-from models.interface import Output, SegmentationModel, Tap, crop_to_native, pad_to
+from models.interface import Output, SegmentationModel, Tap, pad_to
 
 
 def bn_prelu(channels: int) -> nn.Sequential:
@@ -132,7 +132,6 @@ class DABNet(SegmentationModel):
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> Output:
         """images: [B, 3, H, W] of any size; padded on the right and below where the strides do not divide it."""
         self.check_taps(taps)
-        height, width = images.shape[-2:]
         features = {}
 
         image = pad_to(self.renormalise(images), self.stride)
@@ -147,5 +146,4 @@ class DABNet(SegmentationModel):
         features["decoder.0"] = x = self.joined3(torch.cat([x, down, image], dim=1))
         logits = self.classifier(x)
 
-        wanted = {tap: crop_to_native(features[tap], height, width, self.taps[tap].stride) for tap in taps}
-        return Output(crop_to_native(logits, height, width, self.stride), wanted)
+        return self.answer(images, logits, features, taps)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from models.backbones import CONVNEXT, Encoder, ImagePooling, load_encoder
 from models.batchnorm import recomputed
-from models.interface import Output, SegmentationModel, Tap, crop_to_native, pad_to
-from models.unet import conv_bn_relu
+from models.interface import Output, SegmentationModel, Tap, pad_to
+from models.unet import conv_bn_relu, initialise
 
 
 class ASPP(nn.Module):
@@ -104,18 +104,11 @@ class DeepLabV3Plus(SegmentationModel):
         self.taps["bottleneck"] = Tap(aspp_channels, output_stride)
         self.taps["decoder.0"] = Tap(aspp_channels, 4)
 
-        for part in (self.aspp, self.reduce, self.decoder):
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
+        initialise([self.aspp, self.reduce, self.decoder], self.classifier)
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> Output:
         """images: [B, 3, H, W] of any size; padded on the right and below where the strides do not divide it."""
         self.check_taps(taps)
-        height, width = images.shape[-2:]
-
         maps = self.encoder(pad_to(self.renormalise(images), self.output_stride))
         features = {f"encoder.{i}": map_ for i, map_ in enumerate(maps)}
         features["bottleneck"] = x = self._run(self.aspp, self.deep_norm(maps[-1]))
@@ -124,8 +117,7 @@ class DeepLabV3Plus(SegmentationModel):
         features["decoder.0"] = x = self._run(self.decoder, torch.cat([x, low], dim=1))
         logits = self.classifier(x)
 
-        wanted = {tap: crop_to_native(features[tap], height, width, self.taps[tap].stride) for tap in taps}
-        return Output(crop_to_native(logits, height, width, self.stride), wanted)
+        return self.answer(images, logits, features, taps)
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:
         return recomputed(module, x) if self.checkpointing and self.training else module(x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from errors import ConfigurationError, DamagedFileError
 from models.batchnorm import SafeBatchNorm2d, recomputation
 from models.families import FAMILIES, Family, family_of, resize
-from models.interface import Output, SegmentationModel, crop_to_native, native_size, pad_to
+from models.interface import Output, SegmentationModel, native_size, pad_to
 from models.weights import SAFE, fetch_folder, read_json, read_normalisation, refuse
 
 TENSORFLOWS_DECAY = 0.997  # what the running statistics keep, where PyTorch's momentum is what they take in
@@ -88,28 +88,23 @@ class HubModel(SegmentationModel):
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> Output:
         """images: [B, 3, H, W] of any size."""
         self.check_taps(taps)
-        height, width = images.shape[-2:]
-        images = self.renormalise(images)
+        x = self.renormalise(images)
         if self.size:
-            whole = F.interpolate(images.float(), size=tuple(self.size), mode="bilinear", antialias=True)
-            images = whole.to(images.dtype)  # antialiasing has no bfloat16 on a CPU
+            whole = F.interpolate(x.float(), size=tuple(self.size), mode="bilinear", antialias=True)
+            x = whole.to(x.dtype)  # antialiasing has no bfloat16 on a CPU
         else:
-            images = pad_to(images, MULTIPLE)
-
-        logits, maps = self.family.run(self.net, images)
-        features = dict(zip(self.taps, maps, strict=True))
-
-        wanted = {tap: self.native(features[tap], height, width, self.taps[tap].stride) for tap in taps}
-        return Output(self.native(logits, height, width, self.stride), wanted)
+            x = pad_to(x, MULTIPLE)
+        logits, maps = self.family.run(self.net, x)
+        return self.answer(images, logits, dict(zip(self.taps, maps, strict=True)), taps)
 
     def notes(self) -> list[str]:
         return [f"{type(self.net).__name__} of transformers"]
 
-    def native(self, map_: Tensor, height: int, width: int, stride: int) -> Tensor:
+    def to_native(self, map_: Tensor, height: int, width: int, stride: int) -> Tensor:
         """A map of the resized or padded image as the contract wants it of the given one."""
         if self.size:
             return resize(map_, native_size(height, width, stride))
-        return crop_to_native(map_, height, width, stride)
+        return super().to_native(map_, height, width, stride)
 
     def enable_gradient_checkpointing(self) -> None:
         """Of the whole network, or of its backbone where transformers has none for the rest."""

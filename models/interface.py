@@ -1,7 +1,7 @@
 """What every model is to the rest of the house: images in, logits at native stride and named features out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,6 +91,19 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
         """What a user should know before it is put to use; printed at the start."""
         return []
 
+    def answer(
+        self, images: Tensor, logits: Tensor, features: Mapping[str, Tensor], taps: Sequence[str]
+    ) -> Output:
+        """Logits and the wanted features in the sizes that belong to `images`, which `forward` was given."""
+        height, width = images.shape[-2:]
+        wanted = {tap: self.to_native(features[tap], height, width, self.taps[tap].stride) for tap in taps}
+        return Output(self.to_native(logits, height, width, self.stride), wanted)
+
+    def to_native(self, map_: Tensor, height: int, width: int, stride: int) -> Tensor:
+        """A map of the padded image without what stands over the padding alone."""
+        rows, columns = native_size(height, width, stride)
+        return map_[..., :rows, :columns]
+
     def check_taps(self, taps: Sequence[str]) -> None:
         """Raises ConfigurationError, naming the known taps, if one of `taps` is not this model's."""
         unknown = [tap for tap in taps if tap not in self.taps]
@@ -121,9 +134,3 @@ def pad_to(images: Tensor, stride: int) -> Tensor:
 def native_size(height: int, width: int, stride: int) -> tuple[int, int]:
     """Size of a map of the given stride over an image: the quotient rounded up."""
     return math.ceil(height / stride), math.ceil(width / stride)
-
-
-def crop_to_native(map_: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """A map of a padded image without what stands over the padding alone."""
-    rows, columns = native_size(height, width, stride)
-    return map_[..., :rows, :columns]

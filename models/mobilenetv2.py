@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import Encoder, ImagePooling, load_encoder
-from models.interface import Output, SegmentationModel, Tap, crop_to_native, pad_to
-from models.unet import conv_bn_relu
+from models.interface import Output, SegmentationModel, Tap, pad_to
+from models.unet import conv_bn_relu, initialise
 
 
 class MobileNetV2(SegmentationModel):
@@ -45,26 +45,18 @@ class MobileNetV2(SegmentationModel):
         self.taps = {f"encoder.{i}": Tap(*shape) for i, shape in enumerate(zip(channels, strides, strict=True))}
         self.taps["bottleneck"] = self.taps["decoder.0"] = Tap(head_channels, output_stride)
 
-        for part in (self.bottleneck, self.context, self.project):
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
+        initialise([self.bottleneck, self.context, self.project], self.classifier)
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> Output:
         """images: [B, 3, H, W] of any size; padded on the right and below where the strides do not divide it."""
         self.check_taps(taps)
-        height, width = images.shape[-2:]
-
         maps = self.encoder(pad_to(self.renormalise(images), self.stride))
         features = {f"encoder.{i}": map_ for i, map_ in enumerate(maps)}
         features["bottleneck"] = x = self.bottleneck(maps[-1])
         features["decoder.0"] = x = self.project(torch.cat([x, self.context(x)], dim=1))
         logits = self.classifier(x)
 
-        wanted = {tap: crop_to_native(features[tap], height, width, self.taps[tap].stride) for tap in taps}
-        return Output(crop_to_native(logits, height, width, self.stride), wanted)
+        return self.answer(images, logits, features, taps)
 
     def enable_gradient_checkpointing(self) -> None:
         """Keeps only the inputs of the encoder's blocks for the backward pass."""

@@ -1,13 +1,13 @@
 """UNet (Ronneberger et al. 2015), compact and configurable: the student above all, and a teacher when wide."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import ConfigurationError
-from models.interface import Output, SegmentationModel, Tap, crop_to_native, pad_to
+from models.interface import Output, SegmentationModel, Tap, pad_to
 
 STRIDES = (1, 2, 4, 8, 16, 32)
 EXPANSION = 4
@@ -20,6 +20,16 @@ def conv_bn_relu(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1,
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )
+
+
+def initialise(parts: Iterable[nn.Module], classifier: nn.Conv2d) -> None:
+    """Draws the weights of all convolutions in `parts` (He et al. 2015), and those of the classifier near 0."""
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.zeros_(classifier.bias)  # type: ignore[arg-type]
 
 
 class PlainBlock(nn.Sequential):
@@ -191,16 +201,11 @@ class UNet(SegmentationModel):
         for i, level in enumerate(levels):
             self.taps[f"decoder.{i}"] = Tap(channels[level], strides[level])
 
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
+        initialise([self], self.classifier)
 
     def forward(self, images: Tensor, taps: Sequence[str] = ()) -> Output:
         """images: [B, 3, H, W] of any size; padded on the right and below where the strides do not divide it."""
         self.check_taps(taps)
-        height, width = images.shape[-2:]
         features = {}
 
         x = self.stem(pad_to(self.renormalise(images), self.stem_stride * 2**self.depth))
@@ -216,5 +221,4 @@ class UNet(SegmentationModel):
             features[f"decoder.{i}"] = x = block(torch.cat([skips.pop(), x], dim=1))
         logits = self.classifier(x)
 
-        wanted = {tap: crop_to_native(features[tap], height, width, self.taps[tap].stride) for tap in taps}
-        return Output(crop_to_native(logits, height, width, self.stride), wanted)
+        return self.answer(images, logits, features, taps)
