@@ -225,11 +225,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, data: TrainingData, *, workers: int = 0) -> Tensor:
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: TrainingData,
+    *,
+    workers: int = 0,
+    calibration: Any = None,
+) -> Tensor:
     """Confusion matrix [C, C] (int64, rows truth) of `model` over all of `data`, in float32, at label size.
 
     Every process takes its share of the images, none twice, and the counts are added up once: the matrix does not
-    depend on the number of processes.
+    depend on the number of processes. A `calibration` (evaluation.calibration) is filled beside it and added up.
     """
     was_training = model.training
     model.eval()
@@ -241,7 +248,12 @@ def evaluate(accelerator: Accelerator, model: nn.Module, data: TrainingData, *, 
     matrix = ConfusionMatrix(len(data.labels.names), accelerator.device)
     for batch in tqdm(loader, desc="evaluate", leave=False, dynamic_ncols=True):
         batch = to_device(batch, accelerator.device)
-        matrix.update(model(batch.images).logits, batch.labels)
+        logits = model(batch.images).logits
+        matrix.update(logits, batch.labels)
+        if calibration is not None:
+            calibration.update(logits, batch.labels)
+    if calibration is not None:
+        calibration.reduce(accelerator)
     model.train(was_training)
     return matrix.reduce(accelerator)
 
