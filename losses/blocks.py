@@ -312,7 +312,6 @@ class PixelTermConfig(TermConfig):
 class PixelTerm(Term):
     """A mean over labelled pixels, at label size, of what `pixels` gives each; by class weights if asked."""
 
-    taught = True  # `pixels` looks at the teacher
     class_weights: Tensor | None
 
     def __init__(self, config: PixelTermConfig, context: Context) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from errors import ConfigurationError
 from losses.adversarial import Holistic, HolisticConfig
-from losses.blocks import PixelTerm
 from losses.contrast import AfDCD, AfDCDConfig, CIRKDMemory, CIRKDMemoryConfig
 from losses.features import (
     MGD,
@@ -35,6 +34,7 @@ from losses.logits import (
     KDConfig,
     LogitStd,
     LogitStdConfig,
+    SoftTerm,
     WSLConfig,
 )
 from losses.relations import (
@@ -61,6 +61,7 @@ from losses.supervised import (
     Margin,
     MarginConfig,
     OHEMConfig,
+    Supervised,
 )
 from losses.term import Context, ModelOutput, Taps, Term, TermConfig
 from losses.upsampled import upsampled_loss
@@ -134,8 +135,8 @@ class LossConfig:
 
 
 TERMS: dict[type[TermConfig], Callable[[Any, Context], Term]] = {
-    CrossEntropyConfig: PixelTerm,  # these two are made together, by `upsampled_loss`
-    KDConfig: PixelTerm,
+    CrossEntropyConfig: Supervised,  # these two are made together, by `upsampled_loss`
+    KDConfig: SoftTerm,
     FocalConfig: Focal,
     DiceConfig: Dice,
     LovaszConfig: Lovasz,
@@ -201,12 +202,11 @@ class DistillationLoss(nn.Module):
 
         self.latents = Latents(config.autoencoder)
         context = Context(student_taps, teacher_taps, classes, weights, self.latents)
-        if config.kd is not None:
-            context.taught("kd")
         terms = {name: TERMS[type(part)](part, context) for name, part in self.configs.items()}
         for name, (term_config, own_term) in (extra or {}).items():
             self.configs[name], terms[name] = term_config, own_term
         self.terms = nn.ModuleDict(terms)
+        self.taught = teacher_taps is not None
 
     @property
     def student_taps(self) -> list[str]:
@@ -215,8 +215,20 @@ class DistillationLoss(nn.Module):
 
     @property
     def teacher_taps(self) -> list[str]:
-        """Taps that the teacher must answer with."""
+        """Taps that the teacher must answer with at one step or another, a cache's say."""
         return self.latents.sources([tap for term in self.terms.values() for tap in term.teacher_taps])  # type: ignore
+
+    def teacher_taps_at(self, step: int) -> list[str]:
+        """Taps that the teacher must answer with at `step` (from 0): those of the terms in force."""
+        return self.latents.sources([tap for term in self._in_force(step) for tap in term.teacher_taps])
+
+    def needs_teacher(self, step: int) -> bool:
+        """Whether a term in force at `step` (from 0) compares with a teacher; else forward takes None for it."""
+        return self.taught and any(term.taught for term in self._in_force(step))
+
+    def _in_force(self, step: int) -> list[Term]:
+        factors = {name: config.factor(step, self.total_steps) for name, config in self.configs.items()}
+        return [term for name, term in self.terms.items() if factors[name]]  # type: ignore[misc]
 
     def make_opponents(self) -> list[nn.Module]:
         """Learners of their own that the terms bring, critics say, to be stepped as players beside the student."""
@@ -245,6 +257,7 @@ class DistillationLoss(nn.Module):
         """The loss at `step` (from 0), and the terms in force, unweighted and detached, by name.
 
         Args:
+            teacher: its answer, with `teacher_taps_at(step)`; may be None where `needs_teacher(step)` is False.
             labels: int64 [B, H, W], 255 ignored.
             denominators: float64 [terms]; those of the whole batch if this is a part of it, else `counts(labels)`.
             images: [B, 3, H, W], which some terms see.
@@ -255,8 +268,8 @@ class DistillationLoss(nn.Module):
         shares = dict(zip(self.terms, denominators.to(precision), strict=True))
         factors = {name: config.factor(step, self.total_steps) for name, config in self.configs.items()}
         if teacher is not None:
-            in_force = [term for name, term in self.terms.items() if factors[name]]
-            teacher = self.latents.extend(teacher, [tap for term in in_force for tap in term.teacher_taps])  # type: ignore
+            taps = [tap for term in self._in_force(step) for tap in term.teacher_taps]
+            teacher = self.latents.extend(teacher, taps)
         loss, values = self._pixel_terms(student, teacher, labels, factors, shares)
         for name, term in self.terms.items():
             if name in ("cross_entropy", "kd"):

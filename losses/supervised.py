@@ -423,6 +423,8 @@ class Boundary(Supervised):
 class Dice(ImageTerm):
     """`dice`."""
 
+    taught = False
+
     def compare(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         return dice(student, labels)
 
@@ -430,12 +432,16 @@ class Dice(ImageTerm):
 class Lovasz(ImageTerm):
     """`lovasz`."""
 
+    taught = False
+
     def compare(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
         return lovasz(student, labels)
 
 
 class OHEM(ImageTerm):
     """`ohem`."""
+
+    taught = False
 
     def __init__(self, config: OHEMConfig, context: Context) -> None:
         super().__init__(config, context)

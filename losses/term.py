@@ -168,6 +168,7 @@ class Term(nn.Module):
 
     student_taps: Sequence[str] = ()
     teacher_taps: Sequence[str] = ()
+    taught = True  # it compares with a teacher; where no term in force does, none is asked
     wants_images = False
 
     def count(self, labels: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", CASES)
 def test_outside_its_window_a_term_only_touches_its_parameters(variant: str) -> None:
-    """DDP waits for the gradient of each parameter at each step, so it gets one, of zeros."""
+    """DDP waits for the gradient of each parameter at each step, so it gets one, of zeros; no teacher is asked."""
     case = CASES[variant]
     options = {**case.options, "start": 2, "until": 4}
     config = LossConfig(**({"cross_entropy": None} | {case.name: CONFIGS[case.name](weight=1.0, **options)}))
@@ -208,7 +208,10 @@ def test_outside_its_window_a_term_only_touches_its_parameters(variant: str) -> 
     term = stepped(made)
     student, teacher, labels = answers()
     for step, inside in ((1, False), (2, True), (3, True), (4, False)):
-        loss, values = term.double()(student, teacher, labels, step=step)
+        asked = term.needs_teacher(step)
+        assert asked == (inside and not case.supervised)
+        assert term.teacher_taps_at(step) == (term.teacher_taps if inside else [])
+        loss, values = term.double()(student, teacher if asked else None, labels, step=step)
         assert (set(values) == {case.name}) == inside
         assert (float(loss) != 0) == inside
         for parameter in (p for p in term.parameters() if p.requires_grad):
