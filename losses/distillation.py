@@ -1,7 +1,7 @@
 """The objective: the configured terms, their weights and schedules, added up."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,17 @@ from losses.supervised import (
     OHEMConfig,
     Supervised,
 )
-from losses.term import Context, ModelOutput, Taps, Term, TermConfig
+from losses.term import (
+    Context,
+    ModelOutput,
+    Taps,
+    TapsConfig,
+    TemperatureConfig,
+    Term,
+    TermConfig,
+    deepest_first,
+    pair_taps,
+)
 from losses.upsampled import upsampled_loss
 
 
@@ -165,6 +175,37 @@ TERMS: dict[type[TermConfig], Callable[[Any, Context], Term]] = {
 }
 
 
+def in_turn(name: str, config: TermConfig, context: Context, total_steps: int) -> dict[str, TermConfig]:
+    """A term as it is; or, if its taps come one after the other, the terms of each: `fitnet_0`, `fitnet_1`, …
+
+    They are numbered in the order in which they come into force. Each has the weight, the ramp and all else of the
+    whole term, and an equal share of its window.
+
+    Raises:
+        ConfigurationError: the window has fewer steps than there are pairs of taps.
+    """
+    if not isinstance(config, TapsConfig) or config.depth == "together":
+        return {name: config}
+    not_coarser = getattr(TERMS[type(config)], "not_coarser", False)
+    pairs = pair_taps(name, [tap for tap in config.taps if tap != "logits"], context, not_coarser)
+    taps = {f"{ours}:{theirs}": ours for ours, theirs in pairs}
+    taps |= {"logits": "logits"} if "logits" in config.taps else {}
+    order = deepest_first(list(dict.fromkeys(taps.values())), context.student)
+    turns = sorted(taps, key=lambda tap: order.index(taps[tap]), reverse=config.depth == "shallow_to_deep")
+    start, until, _ = config.steps(total_steps)
+    steps = int(min(until, total_steps)) - start
+    if steps < len(turns):
+        raise ConfigurationError(
+            f"losses.{name}.depth: {len(turns)} pairs of taps do not fit the {max(steps, 0)} steps of the term's "
+            "window; train for longer, or name fewer taps"
+        )
+    bounds = [start + steps * i // len(turns) for i in range(len(turns) + 1)]
+    return {
+        f"{name}_{i}": replace(config, taps=[tap], depth="together", start=bounds[i], until=bounds[i + 1])
+        for i, tap in enumerate(turns)
+    }
+
+
 class DistillationLoss(nn.Module):
     """Sum of the configured terms, each with its weight and its window in training.
 
@@ -189,8 +230,8 @@ class DistillationLoss(nn.Module):
         extra: Mapping[str, tuple[TermConfig, Term]] | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.configs, self.total_steps = config, config.active(), total_steps
-        if not self.configs and not extra:
+        self.config, self.total_steps = config, total_steps
+        if not config.active() and not extra:
             raise ConfigurationError("losses: no term is configured; leave losses.cross_entropy as it is")
 
         def weights(scheme: str) -> Tensor | None:
@@ -202,6 +243,9 @@ class DistillationLoss(nn.Module):
 
         self.latents = Latents(config.autoencoder)
         context = Context(student_taps, teacher_taps, classes, weights, self.latents)
+        self.configs: dict[str, TermConfig] = {}
+        for name, part in config.active().items():
+            self.configs |= in_turn(name, part, context, total_steps)
         terms = {name: TERMS[type(part)](part, context) for name, part in self.configs.items()}
         for name, (term_config, own_term) in (extra or {}).items():
             self.configs[name], terms[name] = term_config, own_term
@@ -266,6 +310,9 @@ class DistillationLoss(nn.Module):
             denominators = self.counts(labels)
         precision = torch.promote_types(student.logits.dtype, torch.float32)
         shares = dict(zip(self.terms, denominators.to(precision), strict=True))
+        for name, config in self.configs.items():
+            if isinstance(config, TemperatureConfig):
+                self.terms[name].temperature = config.temperature_at(step, self.total_steps)  # type: ignore
         factors = {name: config.factor(step, self.total_steps) for name, config in self.configs.items()}
         if teacher is not None:
             taps = [tap for term in self._in_force(step) for tap in term.teacher_taps]
@@ -302,7 +349,7 @@ class DistillationLoss(nn.Module):
             teacher.logits if kd and teacher is not None else None,
             ce_weight=ce,
             kl_weight=kd,
-            temperature=self.config.kd.temperature if self.config.kd else 1.0,
+            temperature=self.terms["kd"].temperature if kd else 1.0,  # type: ignore[arg-type]
             class_weights=self.terms["cross_entropy"].class_weights if ce else None,  # type: ignore[arg-type]
             label_smoothing=self.config.cross_entropy.label_smoothing if self.config.cross_entropy else 0.0,
             ce_denominator=shares.get("cross_entropy"),
@@ -319,6 +366,8 @@ class DistillationLoss(nn.Module):
             config = self.configs[name]
             line = f"{name}: weight {config.weight:g}"
             line += config.window(self.total_steps)
+            if isinstance(config, TemperatureConfig) and config.temperature_until is not None:
+                line += f", temperature {config.temperature:g} to {config.temperature_until:g}"
             if getattr(term, "pairs", None):
                 pairs = [(s, self.latents.describe(t)) for s, t in term.pairs]  # type: ignore
                 line += ", " + ", ".join(s if s == t else f"{s} to {t}" for s, t in pairs)

@@ -54,6 +54,11 @@ class ReviewConfig(FeatureTermConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.depth != "together":
+            raise ConfigurationError(
+                f"losses.review.depth: {self.depth} takes taps one by one, and review fuses them; "
+                "leave it out, or take say losses.fitnet.depth"
+            )
         if self.mid_channels < 0:
             raise ConfigurationError(
                 f"losses.review.mid_channels: {self.mid_channels} is negative; give 0 for the default or more"

@@ -31,6 +31,7 @@ from losses.term import (
     Context,
     FeatureTermConfig,
     ModelOutput,
+    TemperatureConfig,
     Term,
     TermConfig,
     full_precision,
@@ -42,25 +43,11 @@ from losses.term import (
 
 
 @dataclass
-class SoftTermConfig(PixelTermConfig):
+class SoftTermConfig(TemperatureConfig, PixelTermConfig):
     """A term that compares softened distributions, with weights per pixel if asked.
 
     A rebalanced task needs a rebalanced teacher signal: see `class_weights`.
     """
-
-    temperature: float = 1.0
-    """T: softens both distributions; the loss keeps its T²."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_temperature(self, self.temperature)
-
-
-def _check_temperature(config: TermConfig, temperature: float) -> None:
-    if temperature <= 0:
-        raise ConfigurationError(
-            f"losses.{term_name(type(config))}.temperature: {temperature} is not positive; give say 1.0"
-        )
 
 
 def _check_factors(config: TermConfig, *keys: str) -> None:
@@ -76,7 +63,7 @@ class KDConfig(SoftTermConfig):
 
 
 @dataclass
-class CWDConfig(FeatureTermConfig):
+class CWDConfig(TemperatureConfig, FeatureTermConfig):
     """Channel-wise distillation (Shu et al. 2021): where in the image each channel is strong."""
 
     weight: float = 3.0
@@ -88,13 +75,9 @@ class CWDConfig(FeatureTermConfig):
     temperature: float = 4.0
     """T: softens both distributions; the loss keeps its T²."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_temperature(self, self.temperature)
-
 
 @dataclass
-class DISTConfig(TermConfig):
+class DISTConfig(TemperatureConfig):
     """DIST (Huang et al. 2022): correlations over the classes and over the pixels in place of a divergence."""
 
     temperature: float = 1.0
@@ -106,7 +89,6 @@ class DISTConfig(TermConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_temperature(self, self.temperature)
         _check_factors(self, "beta", "gamma")
 
 
@@ -650,7 +632,7 @@ class BPKD(ImageTerm):
     def __init__(self, config: BPKDConfig, context: Context) -> None:
         super().__init__(config, context)
         context.taught("bpkd")
-        self.config = config
+        self.config, self.temperature = config, config.temperature
         self.register_buffer("class_weights", context.class_weights(config.class_weights), persistent=False)
 
     def compare(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
@@ -659,7 +641,7 @@ class BPKD(ImageTerm):
             student,
             teacher,
             labels,
-            temperature=self.config.temperature,
+            temperature=self.temperature,
             edge=self.config.edge,
             body=self.config.body,
             edge_width=self.config.edge_width,

@@ -119,11 +119,46 @@ class TermConfig:
 
 
 @dataclass
+class TemperatureConfig(TermConfig):
+    """A term that compares softened distributions."""
+
+    temperature: float = 1.0
+    """T: softens both distributions; the loss keeps its T²."""
+    temperature_until: float | None = None
+    """T at the end of the term's window, to which it changes linearly; null: it stays."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("temperature", "temperature_until"):
+            value = getattr(self, key)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ConfigurationError(
+                    f"losses.{term_name(type(self))}.{key}: {value} is not positive; give say 1.0"
+                )
+
+    def temperature_at(self, step: int, total_steps: int) -> float:
+        """T at `step` (from 0): `temperature` at the window's first step, `temperature_until` at its last.
+
+        Annealed or rising by the step alone, after Jafari et al. 2021 (Annealing Knowledge Distillation), who go
+        from a high temperature to 1. They divide the teacher's logits alone and compare by squared differences;
+        here each term stays what it is.
+        """
+        if self.temperature_until is None:
+            return self.temperature
+        start, until, _ = self.steps(total_steps)
+        last = min(until, total_steps) - 1
+        share = min(max((step - start) / max(last - start, 1), 0.0), 1.0)
+        return self.temperature + share * (self.temperature_until - self.temperature)
+
+
+@dataclass
 class TapsConfig(TermConfig):
     """A term that compares feature maps at one or several depths."""
 
     taps: list[str] = field(default_factory=lambda: ["bottleneck"])
     """Where to compare: `encoder`, `bottleneck`, `decoder`, `last`, a tap, or `student_tap:teacher_tap`."""
+    depth: Literal["together", "deep_to_shallow", "shallow_to_deep"] = "together"
+    """All taps at each step, or one after the other by depth, each for an equal share of the term's window."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -275,6 +310,25 @@ def auto_taps(
         for others in itertools.combinations(range(len(theirs)), count)
     )
     return [(ours[i], theirs[j]) for i, j in min(choices, key=cost)]
+
+
+def deepest_first(taps: Sequence[str], model: Taps) -> list[str]:
+    """Taps of a model in the order of depth: the coarsest first, and of one stride the nearest to the bottleneck.
+
+    Depth is what lies between a place and both ends of the network: in a UNet the bottleneck is the deepest, and
+    the encoder's and the decoder's taps follow in turn, from the coarse to the fine (the encoder's before the
+    decoder's of the same stride). Nearness is counted in the order in which the model publishes its taps; without
+    a bottleneck the last of its coarsest taps stands for it. What is no tap of the model, its logits say, is the
+    shallowest.
+    """
+    places = {tap: place for place, tap in enumerate(model)}
+    coarsest = max(model, key=lambda tap: (model[tap].stride, places[tap]))
+    neck = places.get("bottleneck", places[coarsest])
+
+    def height(tap: str) -> tuple[int, ...]:
+        return (-model[tap].stride, abs(places[tap] - neck), places[tap]) if tap in places else (0,)
+
+    return sorted(taps, key=height)
 
 
 def mask_of(labels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,20 +1,27 @@
 """The objective: sums, schedules, mistakes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import STUDENT_TAPS, TEACHER_TAPS, WEIGHTS, answers
+from cases import CLASSES, CONFIGS, STUDENT_TAPS, TEACHER_TAPS, WEIGHTS, answers
 from plain import eager
 
+import distill
+from data import CAMVID
+from engine.config import parse
 from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
-from losses.features import AttentionTransferConfig, FitnetConfig, attention_transfer
+from losses.features import AttentionTransferConfig, FitnetConfig, ReviewConfig, attention_transfer
 from losses.latent import AffinityConfig, KTAConfig
-from losses.logits import KDConfig
+from losses.logits import CWDConfig, KDConfig
 from losses.supervised import CrossEntropyConfig
-from losses.term import TermConfig
+from losses.term import TemperatureConfig, TermConfig
+from models import ModelConfig, build_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_objective_is_the_weighted_sum() -> None:
@@ -98,6 +105,79 @@ def test_schedule(options: dict[str, Any], expected: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [4, 4, 4, 4, 4, 4]),
+        ({"temperature_until": 1.5}, [4, 3.5, 3, 2.5, 2, 1.5]),
+        ({"temperature_until": 6.0, "start": 1, "until": 4}, [4, 4, 5, 6, 6, 6]),
+        ({"temperature_until": 1.0, "start": 0.5, "until": 9}, [4, 4, 4, 4, 2.5, 1]),
+        ({"temperature_until": 1.0, "start": 2, "until": 3}, [4, 4, 4, 1, 1, 1]),  # a window of one step
+    ],
+    ids=str,
+)
+def test_temperatures(options: dict[str, Any], expected: list[float]) -> None:
+    config = KDConfig(temperature=4.0, **options)
+    assert [config.temperature_at(step, 6) for step in range(6)] == pytest.approx(expected)
+
+
+SOFT = [name for name, config in CONFIGS.items() if issubclass(config, TemperatureConfig)]
+
+
+@pytest.mark.parametrize("name", SOFT)
+def test_a_changing_temperature_is_that_of_the_step(name: str) -> None:
+    """Whatever step was asked for before: as with that temperature from the start."""
+    student, teacher, labels = answers()
+
+    def make(**options: float) -> DistillationLoss:
+        torch.manual_seed(0)
+        losses: dict[str, Any] = {name: CONFIGS[name](**options)}
+        taps = (STUDENT_TAPS, TEACHER_TAPS)
+        return DistillationLoss(LossConfig(**losses), *taps, classes=CLASSES, total_steps=3).double()
+
+    annealed = make(temperature=4.0, temperature_until=2.0)
+    (line,) = (line for line in annealed.describe() if line.startswith(f"{name}:"))
+    assert ", temperature 4 to 2" in line
+    seen = []
+    for step, temperature in ((2, 2.0), (0, 4.0), (1, 3.0)):
+        loss, values = annealed(student, teacher, labels, step=step)
+        expected, _ = make(temperature=temperature)(student, teacher, labels, step=step)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        seen.append(float(values[name]))
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("depth", ["deep_to_shallow", "shallow_to_deep"])
+def test_taps_come_into_force_one_after_the_other(depth: str) -> None:
+    """By depth, in equal shares of the window; each value is the whole term's at that tap alone."""
+    student, teacher, labels = answers()
+    config = LossConfig(
+        cross_entropy=None,
+        fitnet=FitnetConfig(weight=3.0, taps=["a", "b:a"], depth=depth, start=2, until=0.7, ramp=1),
+        cwd=CWDConfig(taps=["logits", "b"], depth=depth),
+    )
+    objective = DistillationLoss(config, STUDENT_TAPS, TEACHER_TAPS, total_steps=10).double()
+    found, taps = [], []
+    for step in range(10):
+        loss, values = objective(student, teacher, labels, step=step)
+        found.append(" ".join(values))
+        taps.append(" ".join(objective.teacher_taps_at(step)))
+        for parameter in objective.parameters():
+            torch.autograd.grad(loss, parameter, retain_graph=True)  # of all adapters, at every step
+    first, last = ("b", "logits") if depth == "deep_to_shallow" else ("logits", "b")
+    hints = ["", "", *[" fitnet_0"] * 2, *[" fitnet_1"] * 3, "", "", ""]
+    assert found == [f"cwd_{step // 5}{hint}" for step, hint in enumerate(hints)]
+    pairs = ["b:a", "a:a"] if depth == "deep_to_shallow" else ["a:a", "b:a"]
+    assert [objective.configs[f"fitnet_{i}"].taps for i in range(2)] == [[pair] for pair in pairs]  # type: ignore
+    factors = [[objective.configs[f"fitnet_{i}"].factor(step, 10) for step in (2, 4, 5)] for i in range(2)]
+    assert factors == [[1.5, 0.0, 0.0], [0.0, 1.5, 3.0]]
+    cwd = [" ".join(objective.configs[f"cwd_{i}"].taps) for i in range(2)]  # type: ignore[attr-defined]
+    assert cwd == [place if place == "logits" else "b:b" for place in (first, last)]
+    assert taps[0] == ("b" if depth == "deep_to_shallow" else "")
+    assert taps[4] == ("a b" if depth == "deep_to_shallow" else "a")
+    assert objective.describe()[2].startswith(f"fitnet_0: weight 3, steps 2 to 4 of 10, ramp 1, {pairs[0][0]}")
+
+
+@pytest.mark.parametrize(
     ("make", "said"),
     [
         (
@@ -142,6 +222,18 @@ def test_schedule(options: dict[str, Any], expected: list[float]) -> None:
             lambda: LossConfig(fitnet=FitnetConfig(taps=[{"a": "a"}])),  # type: ignore[list-item]
             "losses.fitnet.taps: \"{'a': 'a'}\" is no tap",
         ),
+        (
+            lambda: LossConfig(kd=KDConfig(temperature_until=-1.0)),
+            "losses.kd.temperature_until: -1.0 is not positive",
+        ),
+        (
+            lambda: LossConfig(fitnet=FitnetConfig(taps=["a", "b"], depth="deep_to_shallow", start=5, until=9)),
+            "losses.fitnet.depth: 2 pairs of taps do not fit the 0 steps of the term's window",
+        ),
+        (
+            lambda: LossConfig(review=ReviewConfig(depth="shallow_to_deep")),
+            "losses.review.depth: shallow_to_deep takes taps one by one, and review fuses them",
+        ),
         (lambda: LossConfig(kta=KTAConfig(p=0)), "losses.kta: p 0 and q 2 are orders of norms; give 1 or 2"),
         (lambda: LossConfig(cross_entropy=None), "losses: no term is configured"),
         (
@@ -154,3 +246,30 @@ def test_mistakes_are_named(make: Callable[[], LossConfig], said: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         DistillationLoss(make(), STUDENT_TAPS, TEACHER_TAPS)
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("preset", ["hint_then_logits", "deep_to_shallow", "shallow_to_deep", "temperature"])
+def test_presets_of_what_comes_when(preset: str) -> None:
+    """On top of the demo's configuration, which keeps the weights of its classes."""
+    files = [str(ROOT / "configs" / name) for name in ("demo_distill.yaml", f"paradigms/{preset}.yaml")]
+    config = parse(distill.Config, files, runs="teacher.run")
+    assert config.losses.kd is not None
+    assert config.losses.kd.class_weights == "enet"
+    taps = build_model(ModelConfig(width=4), CAMVID).taps
+    objective = DistillationLoss(
+        config.losses, taps, taps, class_weights=lambda _: torch.ones(11), total_steps=700
+    )
+    said = " | ".join(objective.describe())
+    expected = {
+        "hint_then_logits": ["cross_entropy: weight 1, steps 175 to 700", "kd: weight 1, steps 175 to 700"]
+        + ["fitnet: weight 10, steps 0 to 175 of 700, bottleneck, "],
+        "deep_to_shallow": ["fitnet_0: weight 10, steps 0 to 100 of 700, bottleneck, "]
+        + ["fitnet_6: weight 10, steps 600 to 700 of 700, decoder.2, "],
+        "shallow_to_deep": [
+            "fitnet_0: weight 10, steps 0 to 100 of 700, decoder.2, ",
+            "fitnet_6: weight 10, steps 600 to 700 of 700, bottleneck, ",
+        ],
+        "temperature": ["kd: weight 1, temperature 4 to 1"],
+    }
+    for part in expected[preset]:
+        assert part in said

@@ -9,7 +9,7 @@ from losses import DistillationLoss, LossConfig
 from losses.contrast import CIRKDMemoryConfig
 from losses.features import AttentionTransferConfig, FitnetConfig, ReviewConfig
 from losses.latent import AffinityConfig, KTAConfig
-from losses.term import auto_taps
+from losses.term import auto_taps, deepest_first
 
 
 class Shape(NamedTuple):
@@ -95,6 +95,20 @@ def test_what_a_model_lacks_is_said() -> None:
         auto_taps("fitnet", "encoder", UNET, shapes(bottleneck=[16], decoder=[4]))
     said = "losses.fitnet.taps: the teacher has no tap in its encoder; name some of bottleneck, decoder.0"
     assert str(caught.value) == said
+
+
+@pytest.mark.parametrize(
+    ("model", "order"),
+    [
+        (UNET, "bottleneck encoder.2 decoder.0 encoder.1 decoder.1 encoder.0 decoder.2"),
+        (SEGFORMER, "bottleneck encoder.3 encoder.2 encoder.1 decoder.0 encoder.0"),
+        (DEEPLAB, "bottleneck encoder.3 encoder.2 encoder.1 decoder.0 encoder.0"),
+        (HEADLESS, "bottleneck encoder.2 encoder.1 encoder.0"),
+        (shapes(encoder=[4, 8], decoder=[8, 4]), "decoder.0 encoder.1 decoder.1 encoder.0"),
+    ],
+)
+def test_the_order_of_depth(model: dict, order: str) -> None:
+    assert deepest_first([*sorted(model), "logits"], model) == [*order.split(), "logits"]
 
 
 @pytest.mark.parametrize("teacher", [UNET, SEGFORMER, DEEPLAB, HEADLESS])
