@@ -35,7 +35,7 @@ from losses.upsampled import upsampled_loss
 from models.interface import Tap
 
 CONFIGS = {term_name(config): config for config in TERMS}
-TAP = "map"
+TAP, LAST = "map", "last"  # what features are compared, and what the classifier sees
 OPTIONS: dict[str, dict[str, Any]] = {"affinity": {"space": "raw"}}  # where the default has no plain form
 KERNEL, GROWTH = "upsampling", "growth"  # the other two tables, in `only`
 KERNEL_FORMS = ("blocks", "eager", "compile")
@@ -142,7 +142,7 @@ def make_problem(config: Config, name: str) -> Problem:
         options["taps"] = [TAP]
     made = CONFIGS[name](weight=1.0, **options)
     losses: dict[str, Any] = {"cross_entropy": None, name: made}
-    taps = {TAP: Tap(config.channels, config.stride)}
+    taps = dict.fromkeys((TAP, LAST), Tap(config.channels, config.stride))
     objective = DistillationLoss(LossConfig(**losses), taps, taps, classes=config.classes)
     for memory in objective.modules():
         if isinstance(memory, Queue):  # full, as it is for most of a training
@@ -150,8 +150,9 @@ def make_problem(config: Config, name: str) -> Problem:
             memory.filled.fill_(memory.keys.shape[1])
 
     def answer() -> Answer:
-        features = torch.randn(config.batch, config.channels, *config.features).relu()
-        return Answer(make_logits(config, config.stride), {TAP: features})
+        wanted = dict.fromkeys([TAP, *objective.student_taps])
+        features = {tap: torch.randn(config.batch, config.channels, *config.features).relu() for tap in wanted}
+        return Answer(make_logits(config, config.stride), features)
 
     student, teacher = answer(), answer()
     for tensor in (student.logits, *student.features.values()):

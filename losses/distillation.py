@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from errors import ConfigurationError
 from losses.adversarial import Holistic, HolisticConfig
 from losses.contrast import AfDCD, AfDCDConfig, CIRKDMemory, CIRKDMemoryConfig
+from losses.deep import SelfDistillation, SelfDistillationConfig
 from losses.features import (
     MGD,
     AttentionTransfer,
@@ -97,6 +98,8 @@ class LossConfig:
     """Confidence penalty, for teachers of high entropy."""
     margin: MarginConfig | None = None
     """Margin-based label smoothing, for teachers of high entropy."""
+    self_distillation: SelfDistillationConfig | None = None
+    """Deep self-distillation: the last layer teaches classifiers at earlier ones."""
     kd: KDConfig | None = None
     """Knowledge distillation of logits."""
     cwd: CWDConfig | None = None
@@ -154,6 +157,7 @@ TERMS: dict[type[TermConfig], Callable[[Any, Context], Term]] = {
     BoundaryConfig: Boundary,
     ConfidencePenaltyConfig: ConfidencePenalty,
     MarginConfig: Margin,
+    SelfDistillationConfig: SelfDistillation,
     CWDConfig: CWD,
     DISTConfig: DIST,
     WSLConfig: WSL,

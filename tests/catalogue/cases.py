@@ -87,6 +87,10 @@ JUDGED = {
     "tiling": "3×3 convolutions see the border",
 }
 CONVOLVED = {"void": "3×3 convolutions and batch-norm carry what stands beside a labelled position"}
+AUXILIARY = {
+    "perfect": "its classifiers are not the student's",
+    "tiling": "3×3 convolutions see the border",
+}
 FUSED = {
     "perfect": "batch-norm and fusion stand before the comparison",
     "tiling": "3×3 convolutions see the border, and the pyramid's cells grow",
@@ -122,6 +126,21 @@ CASES: dict[str, Case] = {
         {"margin": 1.0},
         supervised=True,
         excused={"perfect": "it penalises sure answers, right or wrong"},
+    ),
+    "self_distillation": Case(
+        "self_distillation", {"taps": ["a"]}, supervised=True, excused=AUXILIARY | CONVOLVED
+    ),
+    "self_distillation, weighted": Case(
+        "self_distillation",
+        {"taps": ["a"], "class_weights": "median", "alpha": 0.6, "temperature": 2.0, "hint": 0.5},
+        supervised=True,
+        excused=AUXILIARY | CONVOLVED,
+    ),
+    "self_distillation, labels alone": Case(
+        "self_distillation",
+        {"taps": ["a"], "alpha": 0.0, "hint": 0.0},
+        supervised=True,
+        excused=AUXILIARY | CONVOLVED,
     ),
     "kd": Case("kd", {"temperature": 2.0}),
     "kd, weighted": Case("kd", {"class_weights": "median"}),
