@@ -362,7 +362,7 @@ def encode(teacher: Answering, sample: Any, layout: Layout, device: torch.device
         kept[tap] = answer.features[tap][0].float().clamp(-HALF, HALF).half()
     truth = _nearest(sample.labels, predictions.shape).to(device)
     labelled = truth != 255
-    kept["figures"] = torch.stack([clipped, labelled.sum(), (labelled & (truth == predictions)).sum()])
+    kept["figures"] = torch.stack([clipped, labelled.sum(), (truth == predictions).sum()])
     return {name: kept[name].contiguous().cpu().numpy() for name in layout.names}
 
 

@@ -242,6 +242,17 @@ def test_each_field_of_the_key_is_compared(whole: Path, field: str, monkeypatch:
     assert contents(whole) == before
 
 
+def test_key_is_compared_as_it_stands(tmp_path: Path) -> None:
+    """A letter of an escape may change its case and mean the same."""
+    key = KEY | {"classes": "road, façade"}
+    fill(tmp_path, learned(7), Pictures(7, (24, 32)), key=key)
+    text = (tmp_path / "key.json").read_text()
+    assert "\\u00e7" in text
+    (tmp_path / "key.json").write_text(text.replace("\\u00e7", "\\u00E7"))
+    with pytest.raises(DamagedFileError, match="key.json: damaged"):
+        fill(tmp_path, learned(7), Pictures(7, (24, 32)), key=key)
+
+
 def test_flipped_bits_are_noticed(whole: Path, tmp_path: Path) -> None:
     """100 at random, of every file at least one."""
     folder = tmp_path / "cache"
