@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from data import DataConfig, build_dataset
 from engine.config import run_script
 from engine.loop import fit
-from engine.player import TrainConfig
+from engine.player import Learner, TrainConfig
 from engine.run import start_run
 from engine.tracking import TrackingConfig
 from losses import DistillationLoss, LossConfig
@@ -51,8 +51,8 @@ def main(config: Config) -> None:
             class_weights=train.class_weights,
             total_steps=steps,
         )
-        run.describe(model, objective, train)
-        run.finish(fit(run, model, objective, train, val, config.train, workers=config.data.workers))
+        run.describe({"model": model}, {"loss": objective}, train)
+        run.finish(fit(run, [Learner(model, objective)], train, val, config.train, workers=config.data.workers))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from engine.config import run_script
 from engine.loop import train_step
 from engine.player import Learner, Player, TrainConfig
 from engine.run import start_accelerator
-from engine.teachers import OfflineTeacher
+from engine.teachers import LiveTeacher, TeacherConfig
 from evaluation.report import significant, table
 from losses import DistillationLoss, LossConfig
 from losses.logits import KDConfig
@@ -75,26 +75,28 @@ def main(config: Config) -> None:
     batch = make_batch(config, len(CAMVID), device)
     teacher = build_model(config.teacher, CAMVID)
 
+    live = LiveTeacher([teacher], device, accelerator.autocast, TeacherConfig())
+
     def player(losses: LossConfig) -> Player:
         student = build_model(config.student, CAMVID)
-        return Player(Learner(student, DistillationLoss(losses, student.taps, teacher.taps)), train, accelerator)
+        objective = DistillationLoss(losses, student.taps, teacher.taps)
+        return Player(Learner(student, objective, live), train, accelerator)
 
     plain, distilled = player(LossConfig()), player(LossConfig(kd=KDConfig(temperature=2.0)))
-    offline = OfflineTeacher(teacher, device, accelerator.autocast)
     total = config.warmup + config.rounds
 
-    def steps(player: Player, teacher: OfflineTeacher | None) -> Callable[[], None]:
+    def steps(player: Player) -> Callable[[], None]:
         step = count()
-        return lambda: wait(train_step(run, player, [batch], next(step), total, teacher))
+        return lambda: wait(train_step(run, player, [batch], next(step), total))
 
     def wait(done: Any) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     parts = {
-        "plain step": steps(plain, None),
-        "teacher forward": lambda: wait(offline(batch.images, ())),
-        "KD step": steps(distilled, offline),
+        "plain step": steps(plain),
+        "teacher forward": lambda: wait(live.answer(batch.images, ())),
+        "KD step": steps(distilled),
     }
     with tqdm(total=total, unit="round", dynamic_ncols=True) as bar:
         times = measure_latency(parts, rounds=config.rounds, warmup=config.warmup, progress=bar.update)

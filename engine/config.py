@@ -106,6 +106,8 @@ def _type_name(hint: Any) -> str:
         return "one of " + ", ".join(_value_text(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join("null" if part is type(None) else _type_name(part) for part in arguments)
+    if origin is list and arguments and dataclasses.is_dataclass(arguments[0]):
+        return "list of mappings with the keys of " + getattr(arguments[0], "__name__", "")
     if origin is list:
         return "list of " + (_type_name(arguments[0]) if arguments else "anything")
     if origin is tuple:
@@ -118,11 +120,18 @@ def _type_name(hint: Any) -> str:
 
 
 def _value_text(value: Any) -> str:
-    """A value as YAML writes it on one line."""
-    if isinstance(value, tuple):
-        value = list(value)
+    """A value as YAML writes it on one line; of a dataclass, what differs from its defaults."""
+    if isinstance(value, list | tuple):
+        value = [_changed(item) if dataclasses.is_dataclass(item) else item for item in value]
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("\n").removesuffix("...").rstrip()
+
+
+def _changed(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their defaults."""
+    values = dataclasses.asdict(instance)
+    usual = dataclasses.asdict(type(instance)())
+    return {name: value for name, value in values.items() if value != usual[name]}
 
 
 # ----------------------------------------------------------------------------------------------- arguments
@@ -265,6 +274,12 @@ def _check(given: dict[Any, Any], keys: dict[str, Key], source: str, prefix: str
                 _check(value, keys, source, full + ".", text)
             elif not (value is None and key.optional_group):
                 raise _wrong_type(key, value, source)
+        elif isinstance(value, list) and (inner_class := _class_of_items(key.type)):
+            for number, item in enumerate(value):
+                if not isinstance(item, dict):
+                    raise _wrong_type(key, value, source)
+                place = f"{full}[{number}]."
+                _check(item, {inner.name: inner for inner in list_keys(inner_class, place)}, source, place, text)
         elif isinstance(value, dict) and typing.get_origin(key.type) is not dict and key.type is not Any:
             raise _wrong_type(key, value, source)
         elif _takes_text(key.type):
@@ -278,6 +293,12 @@ def _check(given: dict[Any, Any], keys: dict[str, Key], source: str, prefix: str
             number = isinstance(value, int | float) and key.type in (str, str | None)
             if number and text is not None and text.strip() != str(value):
                 raise ConfigurationError(f"{full}: YAML reads {text} as the number {value}; quote it to keep it")
+
+
+def _class_of_items(hint: Any) -> type | None:
+    """The dataclass whose instances a list holds, if it does."""
+    item = next(iter(typing.get_args(hint)), None) if typing.get_origin(hint) is list else None
+    return item if isinstance(item, type) and dataclasses.is_dataclass(item) else None
 
 
 def _takes_text(hint: Any) -> bool:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor, nn
 
 from engine.checkpoint import clear_checkpoints, load_checkpoint, replace_folder, save_checkpoint
-from engine.player import Learner, Player, TrainConfig, learning_rate
+from engine.player import Learner, Player, TrainConfig, learning_rate, resolution
 from errors import DamagedFileError, NonFiniteError, Terminated
 from evaluation.metrics import ConfusionMatrix, scores
 
@@ -32,40 +33,35 @@ class TrainingData(Protocol):
     def eval_loader(self, **options: Any) -> Any: ...
 
 
-class Teacher(Protocol):
-    """Answers images with an object that has `logits` and `features`."""
-
-    def __call__(self, images: Tensor, taps: Sequence[str]) -> Any: ...
-
-
 def fit(
     run: "Run",
-    model: nn.Module,
-    objective: Any,
+    learners: Sequence[Learner],
     train: TrainingData,
     val: TrainingData,
     config: TrainConfig,
     *,
     workers: int = 0,
-    teacher: Teacher | None = None,
 ) -> dict[str, Any]:
-    """Trains `model` by `objective`, from the newest checkpoint of the run if it is resumed.
+    """Trains the learners, from the newest checkpoint of the run if it is resumed.
 
-    The objective's opponents (a critic, say) are players beside it: each a learner with a `name`, the `options`
-    in which its training differs from `config`, and `active(step)`.
+    The first is the one that the run is about; others, its fellows in online distillation, have a name each and
+    step before it, so that it hears what they said of the batch before they changed. Their objectives' opponents
+    (a critic, say) step after it: each a learner with a `name`, the `options` in which its training differs from
+    `config`, and `active(step)`.
 
     The batches, their augmentation and the random numbers of a step are functions of the seed and the step, so a
     run that was cut off and resumed is bit for bit the run that was not.
 
     Returns:
-        The final scores on `val`, the best ones with their step, and the seconds spent training.
+        The final scores on `val`, the best ones with their step, and the seconds spent training; a fellow's under
+        its name.
     """
     accelerator = run.accelerator
     total = config.total_steps(train)
-    players = [Player(Learner(model, objective), config, accelerator)]
-    players += [
-        Player(learner, replace(config, **learner.options), accelerator) for learner in objective.make_opponents()
-    ]
+    opponents = [opponent for learner in learners for opponent in learner.objective.make_opponents()]
+    students = [Player(learner, replace(config, **learner.options), accelerator) for learner in learners]
+    critics = [Player(learner, replace(config, **learner.options), accelerator) for learner in opponents]
+    players, in_turn = [*students, *critics], [*students[1:], students[0], *critics]
     progress = Progress()
     restore(run, players, progress)
     stream = batches(run, train, config, progress.step, workers)
@@ -74,13 +70,14 @@ def fit(
 
     with tqdm(initial=progress.step, total=total, unit="step", desc=run.folder.name, dynamic_ncols=True) as bar:
         while progress.step < total:
-            step = progress.step
+            step, terminated = progress.step, False
             parts = next(stream)
-            values, terminated = train_step(run, players[0], parts, step, total, teacher)
-            for player in players[1:]:
+            values: dict[str, float] = {}
+            for player in in_turn:
                 if player.learner.active(step):
-                    theirs, stop = train_step(run, player, parts, step, total, None)
-                    values |= {f"{player.learner.name}.{name}": value for name, value in theirs.items()}
+                    theirs, stop = train_step(run, player, parts, step, total)
+                    prefix = f"{player.learner.name}." if player.learner.name else ""
+                    values |= {f"{prefix}{name}": value for name, value in theirs.items()}
                     terminated = terminated or stop
             progress.add(values)
             progress.step = step = step + 1
@@ -93,15 +90,12 @@ def fit(
                 images = config.batch_size * progress.window_steps
                 speed, averages = images / progress.window_seconds(), progress.averages()
                 run.log(step, epoch, "train", averages, seconds=progress.seconds, images_per_second=speed)
-                bar.set_postfix_str(f"loss {averages['loss']:.3f}, {speed:.0f} images/s")
+                loss = averages.get("loss", next(iter(averages.values())))
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} images/s")
             if step == total or (config.evaluate_every and step % config.evaluate_every == 0):
-                players[0].broadcast_buffers()
-                matrix = evaluate(accelerator, players[0].evaluated, val, workers=workers)
-                scored = summarise(matrix, val.labels.names)
-                run.log(step, epoch, "val", scored, seconds=progress.seconds)
-                save_best(run, players[0], scored, progress)
+                scored = judge(run, students, val, workers, progress, epoch)
                 if run.is_main:
-                    bar.write(f"step {step}: val mIoU {100 * scored['miou']:.2f} %")
+                    bar.write(f"step {step}: {shown(scored)}")
                 clock = time.perf_counter()
             if step == total or step % config.checkpoint_every == 0 or terminated:
                 checkpoint(run, players, progress, config)
@@ -109,15 +103,43 @@ def fit(
             if terminated and step < total:
                 raise Terminated(f"{run.folder}: stopped by SIGTERM at step {step}, saved; go on with resume=true")
     if not scored:  # cut off after its last checkpoint and before results.json
-        scored = summarise(evaluate(accelerator, players[0].evaluated, val, workers=workers), val.labels.names)
-    return scored | {
-        "split": "val",
-        "steps": total,
-        "best_miou": progress.best_miou,
-        "best_step": progress.best_step,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "train_seconds": round(progress.seconds, 1),
-    }
+        scored = {player.learner.name: measure(run, player, val, workers) for player in students}
+
+    def results(player: Player) -> dict[str, Any]:
+        best_miou, best_step = progress.best[player.learner.name]
+        parameters = sum(p.numel() for p in player.learner.model.parameters())
+        found = {"best_miou": best_miou, "best_step": best_step, "parameters": parameters}
+        return scored[player.learner.name] | {"split": "val", "steps": total} | found
+
+    return (
+        results(students[0])
+        | {"train_seconds": round(progress.seconds, 1)}
+        | {player.learner.name: results(player) for player in students[1:]}
+    )
+
+
+def judge(
+    run: "Run", students: Sequence[Player], val: TrainingData, workers: int, progress: "Progress", epoch: int
+) -> dict[str, dict[str, Any]]:
+    """Scores each learner on `val`, logs it, and keeps the weights that are the best yet; the scores by name."""
+    scored = {}
+    for player in students:
+        name = player.learner.name
+        player.broadcast_buffers()
+        scored[name] = measure(run, player, val, workers)
+        run.log(progress.step, epoch, f"val.{name}" if name else "val", scored[name], seconds=progress.seconds)
+        save_best(run, player, scored[name], progress)
+    return scored
+
+
+def measure(run: "Run", player: Player, val: TrainingData, workers: int) -> dict[str, Any]:
+    """The scores of a learner on `val`."""
+    return summarise(evaluate(run.accelerator, player.evaluated, val, workers=workers), val.labels.names)
+
+
+def shown(scored: dict[str, dict[str, Any]]) -> str:
+    """The mIoU of each learner for people."""
+    return ", ".join(f"{name} val mIoU {100 * one['miou']:.2f} %".strip() for name, one in scored.items())
 
 
 def batches(
@@ -150,22 +172,24 @@ def train_step(
     parts: list[Any],
     step: int,
     total: int,
-    teacher: Teacher | None,
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step over the parts of a batch; returns the logged values and whether to end.
 
-    The denominators of the loss are added up over parts and processes first, and DDP's mean is undone, so that
+    The learner's teacher sees the parts at their full size, the learner at that of `train.resolution`. The
+    denominators of the loss are added up over parts and processes first, and DDP's mean is undone, so that
     the gradient is that of the whole batch however it is split.
     """
     accelerator, learner, config = run.accelerator, player.learner, player.config
-    seeds = np.random.SeedSequence([run.seed, step, accelerator.process_index])
+    seeds = np.random.SeedSequence([run.seed, step, accelerator.process_index, *learner.name.encode()])
     torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
     rate = learning_rate(step, total, config)
     for group in player.optimizer.param_groups:
         group["lr"] = rate
     player.wrapped.train()
+    seen = at_resolution(parts, resolution(step, total, config))
+    wanted, said = learner.wanted(step), []
 
-    counts = torch.stack([learner.counts(part.labels) for part in parts]).sum(0)
+    counts = torch.stack([learner.counts(part.labels) for part in seen]).sum(0)
     stop = counts.new_full((1,), float(run.terminated))
     shared = add_up(accelerator, torch.cat([counts, stop]))
     denominators = shared[:-1]
@@ -176,11 +200,14 @@ def train_step(
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         with nullcontext() if last else accelerator.no_sync(player.wrapped):
-            answer = None if teacher is None else teacher(part.images, learner.teacher_taps)
-            loss, values = player.wrapped(part.images, part.labels, answer, step, denominators)
+            answer = None if wanted is None else learner.teacher(part, wanted)
+            loss, values = player.wrapped(seen[i].images, seen[i].labels, answer, step, denominators)
             accelerator.backward(loss * accelerator.num_processes)
+        if learner.tells is not None:
+            said.append((part, learner.latest))
         for name, value in {"loss": loss.detach(), **values}.items():
             sums[name] = sums.get(name, torch.zeros_like(counts[0])) + value.double()
+    learner.said = said
     added = add_up(accelerator, torch.stack(list(sums.values())))
     parameters = [p for group in player.optimizer.param_groups for p in group["params"]]
     clipped = accelerator.clip_grad_norm_(parameters, config.clip or math.inf)
@@ -211,6 +238,20 @@ def train_step(
         "skipped": float(not finite or player.optimizer.step_was_skipped),
     }
     return logged, terminated
+
+
+def at_resolution(parts: list[Any], factor: float) -> list[Any]:
+    """The parts with images (antialiased) and labels (nearest neighbour) shrunk by a factor."""
+    if factor == 1:
+        return parts
+    shrunk = []
+    for part in parts:
+        size = tuple(max(1, round(side * factor)) for side in part.images.shape[-2:])
+        images = F.interpolate(part.images, size, mode="bilinear", align_corners=False, antialias=True)
+        labels = F.interpolate(part.labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
+        images = images.contiguous(memory_format=torch.channels_last)
+        shrunk.append(part._replace(images=images, labels=labels))
+    return shrunk
 
 
 def add_up(accelerator: Accelerator, values: Tensor) -> Tensor:
@@ -274,7 +315,7 @@ class Progress:
         self.window_counts: dict[str, int] = {}
         self.window_steps = 0
         self.window_start = 0.0
-        self.best_miou, self.best_step = -1.0, 0
+        self.best: dict[str, tuple[float, int]] = {}  # by the learner's name: mIoU and step
         self.seconds = 0.0
 
     def add(self, values: dict[str, float]) -> None:
@@ -295,14 +336,16 @@ class Progress:
 
 
 def save_best(run: "Run", player: Player, scored: dict[str, Any], progress: Progress) -> None:
-    """Writes `best/` if no evaluation before was better."""
-    if scored["miou"] <= progress.best_miou:
+    """Writes `best/`, or a fellow's `NAME/best/`, if no evaluation before was better."""
+    name = player.learner.name
+    if scored["miou"] <= progress.best.get(name, (-1.0, 0))[0]:
         return
-    progress.best_miou, progress.best_step = scored["miou"], progress.step
+    progress.best[name] = scored["miou"], progress.step
     if run.is_main:
-        temporary = run.folder / ".best.tmp"
+        folder = run.folder / name
+        temporary = folder / ".best.tmp"
         player.evaluated.save_pretrained(temporary)  # type: ignore[operator]
-        replace_folder(temporary, run.folder / "best")
+        replace_folder(temporary, folder / "best")
 
 
 def checkpoint(run: "Run", players: list[Player], progress: Progress, config: TrainConfig) -> None:

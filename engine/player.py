@@ -1,7 +1,7 @@
 """Who learns, and by which rules: the training's configuration, a model with its objective, its optimizer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from engine.teachers import Answer, OwnTeacher, Teacher, perturbed
 from errors import ConfigurationError
 
 
@@ -36,6 +37,9 @@ class TrainConfig:
     """Decays of AdamW's two averages."""
     weight_decay: float = 1e-2
     """Weight decay of convolutions; biases and normalisation have none."""
+    resolution: list[float] = field(default_factory=lambda: [1.0])
+    """Sizes of the training images as factors, each for an equal share of training: [0.5, 1.0] begins with small
+    ones. The teacher sees them at their full size."""
     schedule: Literal["poly", "cosine"] = "poly"
     """Decay of the learning rate: (1 - progress)^power, or half a cosine."""
     power: float = 0.9
@@ -73,6 +77,8 @@ class TrainConfig:
             raise ConfigurationError("train.steps: there is nothing to train; give 1 or more steps or epochs")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigurationError(f"train.betas: {self.betas} is not two decays from 0 to 1; give [0.9, 0.999]")
+        if not self.resolution or not all(0 < factor <= 1 for factor in self.resolution):
+            raise ConfigurationError(f"train.resolution: {self.resolution} are no factors; give say [0.5, 1.0]")
         if not 0 <= self.ema < 1:
             raise ConfigurationError(f"train.ema: {self.ema} is not a decay; give 0 for none, or say 0.999")
 
@@ -84,28 +90,54 @@ class TrainConfig:
 class Learner(nn.Module):
     """A model and its objective in one module, so that they are wrapped, moved and saved together.
 
-    What a player steps is a module like this one: `teacher_taps`, `counts(labels)`, `active(step)`, and
+    What a player steps is a module like this one: `wanted(step)`, `counts(labels)`, `active(step)`, and
     `forward(images, labels, answer, step, denominators) -> (loss, values to log)`; it may have `memories`, the
     names of buffers that all processes write alike.
+
+    Args:
+        model: answers `model(images, taps)`.
+        objective: a `losses.DistillationLoss`.
+        teacher: whom it learns from; None where no term needs one.
+        name: what its values are logged under, and its folder in the run; empty for the first of a run.
+        options: in which its training differs from the run's TrainConfig.
+        turn: whether it learns at a step; always, if None.
     """
 
-    def __init__(self, model: nn.Module, objective: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Any,
+        teacher: Teacher | None = None,
+        *,
+        name: str = "",
+        options: Mapping[str, Any] | None = None,
+        turn: Callable[[int], bool] | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.objective = model, objective
+        self.teacher, self.name, self.options, self.turn = teacher, name, dict(options or {}), turn
         self.memories = [f"objective.{name}" for name in objective.memories]
+        self.tells: Sequence[str] | None = None  # the taps that fellows listen to; None: nobody listens
+        self.said: list[tuple[Any, Answer]] = []  # the parts of its last step and what it said of them
 
-    @property
-    def teacher_taps(self) -> Sequence[str]:
-        return self.objective.teacher_taps
+    def wanted(self, step: int) -> Sequence[str] | None:
+        """The teacher's taps that a step needs; None where it needs no teacher."""
+        return self.objective.teacher_taps_at(step) if self.objective.needs_teacher(step) else None
 
     def counts(self, labels: Tensor) -> Tensor:
         return self.objective.counts(labels)
 
     def active(self, step: int) -> bool:
-        return True
+        """Whether it is its turn to learn."""
+        return self.turn is None or self.turn(step)
 
     def forward(self, images: Tensor, labels: Tensor, answer: Any, step: int, denominators: Tensor) -> Any:
-        output = self.model(images, self.objective.student_taps)
+        if isinstance(self.teacher, OwnTeacher) and self.teacher.config.perturb:
+            images = perturbed(images, self.teacher.config.perturb)
+        output = self.model(images, sorted({*self.objective.student_taps, *(self.tells or ())}))
+        if self.tells is not None:
+            features = {tap: output.features[tap].detach() for tap in self.tells}
+            self.latest = Answer(output.logits.detach(), features)
         return self.objective(output, answer, labels, step=step, denominators=denominators, images=images)
 
 
@@ -142,6 +174,8 @@ class Player:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(learner, self.memories)
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(learner, config))
         self.wrapped = accelerator.prepare_model(learner)
+        if isinstance(learner, Learner) and isinstance(learner.teacher, OwnTeacher):
+            learner.teacher.player = self
         average = get_ema_multi_avg_fn(config.ema)
         self.ema = AveragedModel(learner.model, multi_avg_fn=average) if config.ema else None
 
@@ -192,6 +226,11 @@ def build_optimizer(learner: nn.Module, config: TrainConfig) -> torch.optim.Opti
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]))
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def resolution(step: int, total: int, config: TrainConfig) -> float:
+    """The factor of the images' size at `step` (from 0) of `total`."""
+    return config.resolution[min(len(config.resolution) * step // max(1, total), len(config.resolution) - 1)]
 
 
 def learning_rate(step: int, total: int, config: TrainConfig) -> float:

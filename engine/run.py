@@ -8,7 +8,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,29 +81,33 @@ class Run:
             self.mirror.log(flat | {f"system/{key}": value for key, value in system.items()}, step)
 
     def describe(
-        self, student: Any, objective: Any, data: Any, teacher: Any = None, teacher_weights: str | None = None
+        self,
+        models: Mapping[str, Any],
+        objectives: Mapping[str, Any],
+        data: Any,
+        teacher_weights: str | None = None,
     ) -> None:
         """Prints what takes part and writes environment.json.
 
         Args:
+            models: by what they are called here, `student` say, or `teacher, runs/teacher`.
+            objectives: by what is printed before their terms.
             teacher_weights: their fingerprint; a run that goes on needs the same.
 
         Raises:
             ConfigurationError: the run goes on, and images, labels or teacher are no longer those of its start.
         """
-        for role, model in (("model" if teacher is None else "student", student), ("teacher", teacher)):
-            if model is not None:
-                millions = sum(p.numel() for p in model.parameters()) / 1e6
-                of = ""
-                if role == "teacher":
-                    source = self.config.teacher  # type: ignore[attr-defined]
-                    of = f"{source.run or source.hub}, "
-                self.say(f"{role}: {of}{model.architecture}, {millions:.2f} M parameters, stride {model.stride}")
-                for note in model.notes():
-                    self.say(f"{role}: {note}")
+        for called, model in models.items():
+            role, _, source = called.partition(", ")
+            millions = sum(p.numel() for p in model.parameters()) / 1e6
+            what = f"{model.architecture}, {millions:.2f} M parameters, stride {model.stride}"
+            self.say(f"{role}: {source + ', ' if source else ''}{what}")
+            for note in model.notes():
+                self.say(f"{role}: {note}")
         self.say(f"data: {len(data)} images, {len(data.labels.names)} classes")
-        for line in objective.describe():
-            self.say(f"loss: {line}")
+        for called, objective in objectives.items():
+            for line in objective.describe():
+                self.say(f"{called}: {line}")
         inputs = {"data_manifest": data.manifest_hash(), "teacher_weights": teacher_weights}
         on_main_process(self.accelerator, lambda: self._write_environment(inputs))
 
@@ -124,13 +128,19 @@ class Run:
         """Writes results.json, which marks the run as finished."""
         if self.is_main:
             write_json(self.folder / "results.json", results)
-        self.say(f"finished: val mIoU {100 * results['miou']:.2f} %, best {100 * results['best_miou']:.2f} %")
+        for name, one in {"": results, **{k: v for k, v in results.items() if isinstance(v, dict)}}.items():
+            if "best_miou" in one:
+                miou, best = 100 * one["miou"], 100 * one["best_miou"]
+                self.say(f"finished: {name} val mIoU {miou:.2f} %, best {best:.2f} %".replace("  ", " "))
         self.say(f"written: {self.folder}")
 
 
 @contextmanager
-def start_run(config: RunConfig) -> Iterator[Run]:
+def start_run(config: RunConfig, *, more: bool = False) -> Iterator[Run]:
     """Opens a run: processes, folder, resolved configuration, tracker and SIGTERM, which saves and then ends it.
+
+    Args:
+        more: whether other runs follow in the same processes.
 
     Raises:
         ConfigurationError: the launcher started fewer processes than it was asked for, fp16 without CUDA, the
@@ -142,8 +152,7 @@ def start_run(config: RunConfig) -> Iterator[Run]:
     torch.manual_seed(config.seed)
     run = Run(config, accelerator)
 
-    problem = on_main_process(accelerator, lambda: _open_folder(run))
-    if problem == "finished":
+    if on_main_process(accelerator, lambda: _open_folder(config)) == "finished":
         run.say(f"{run.folder}: finished; its figures are in results.json (delete the folder to begin anew)")
         raise SystemExit(0)
     if run.is_main:
@@ -159,8 +168,17 @@ def start_run(config: RunConfig) -> Iterator[Run]:
         signal.signal(signal.SIGTERM, previous)
         if run.mirror is not None:
             run.mirror.finish()
-        if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
+        if torch.distributed.is_initialized() and sys.exc_info()[0] is None and not more:
             accelerator.end_training()
+
+
+def start_chain(config: RunConfig) -> None:
+    """Opens the folder of several runs that belong together, each below it: it holds what all of them are made of.
+
+    Raises:
+        ConfigurationError: as `start_run`.
+    """
+    on_main_process(start_accelerator(config.train), lambda: _open_folder(config))
 
 
 def on_main_process(accelerator: Accelerator, action: Any) -> Any:
@@ -206,9 +224,9 @@ def start_accelerator(train: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _open_folder(run: Run) -> str | None:
+def _open_folder(config: RunConfig) -> str | None:
     """Makes the run's folder, or checks that the run in it may go on; "finished" where there is nothing to do."""
-    config, folder = run.config, run.folder
+    folder = Path(config.run_dir)
     saved = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"run_dir: {folder} is a file; name another folder")
@@ -227,7 +245,8 @@ def _open_folder(run: Run) -> str | None:
                 )
             if (folder / "results.json").exists():
                 return "finished"
-            recover_folder(folder / "best")
+            for holder in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                recover_folder(holder / "best")
             return None
     try:
         folder.mkdir(parents=True, exist_ok=True)

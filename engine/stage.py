@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from engine.checkpoint import sync
-from engine.loop import Teacher, TrainingData, batches, train_step
+from engine.loop import TrainingData, batches, train_step
 from engine.player import Player, TrainConfig
 from engine.run import Run, on_main_process
 from errors import ConfigurationError, DamagedFileError, Terminated
@@ -26,7 +26,6 @@ def train_stage(
     config: TrainConfig,
     made_for: Mapping[str, str],
     workers: int = 0,
-    teacher: Teacher | None = None,
 ) -> None:
     """Trains `learner` (see `engine.player.Learner`) and writes the weights of `kept`, a part of it, to the run.
 
@@ -44,7 +43,7 @@ def train_stage(
     stream = batches(run, train, config, 0, workers)
     values: dict[str, float] = {}
     for step, parts in enumerate(tqdm(stream, total=total, unit="step", desc=name, dynamic_ncols=True)):
-        values, terminated = train_step(run, player, parts, step, total, teacher)
+        values, terminated = train_step(run, player, parts, step, total)
         if step == 0 or (step + 1) % config.log_every == 0 or step + 1 == total:
             run.log(0, 0, name, {"stage_step": step + 1, **values})
         if terminated and step + 1 < total:

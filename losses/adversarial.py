@@ -157,7 +157,7 @@ class CriticLearner(nn.Module):
     """
 
     name = "critic"
-    teacher_taps: tuple[str, ...] = ()
+    tells = None
 
     def __init__(self, term: Holistic, config: HolisticConfig, total_steps: int) -> None:
         super().__init__()
@@ -180,6 +180,9 @@ class CriticLearner(nn.Module):
     def active(self, step: int) -> bool:
         """Whether the term is in force: a critic whose weight is 0 does not learn."""
         return self.config.factor(step, self.total_steps) != 0
+
+    def wanted(self, step: int) -> None:
+        """It needs no teacher: the term has seen the answer."""
 
     def counts(self, labels: Tensor) -> Tensor:
         """The number of images, the denominator: float64 [1]."""

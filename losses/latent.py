@@ -6,7 +6,7 @@ tap of the teacher, so that the terms that use it are feature terms like any oth
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -228,8 +228,12 @@ class Reconstruction(nn.Module):
     α stays what the paper has.
     """
 
-    def __init__(self, latents: Latents) -> None:
+    name = "autoencoder"
+    tells = None
+
+    def __init__(self, latents: Latents, teacher: Callable[..., ModelOutput]) -> None:
         super().__init__()
+        self.teacher = teacher
         self.alpha, self.taps, self.encoders = latents.config.alpha, latents.taps, latents.encoders
         self.decoders = nn.ModuleDict(
             {
@@ -239,6 +243,10 @@ class Reconstruction(nn.Module):
         )
         self.encoders.requires_grad_(True)
         self.teacher_taps = latents.sources(list(latents.taps))
+
+    def wanted(self, step: int) -> list[str]:
+        """The teacher's taps that a step needs."""
+        return self.teacher_taps
 
     def counts(self, labels: Tensor) -> Tensor:
         """The number of images, the denominator: float64 [1]."""

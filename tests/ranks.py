@@ -9,7 +9,7 @@ from data import DataConfig, build_dataset
 from engine.loop import evaluate, train_step
 from engine.player import Learner, Player, TrainConfig
 from engine.run import start_accelerator
-from engine.teachers import OfflineTeacher
+from engine.teachers import LiveTeacher, TeacherConfig
 from losses import DistillationLoss, LossConfig
 from losses.features import AttentionTransferConfig, FitnetConfig
 from losses.latent import AffinityConfig
@@ -58,7 +58,9 @@ def gradients(output: str, accumulate: int) -> None:
     )
     weights = torch.tensor([0.5, 1.0, 2.0, 4.0])
     objective = DistillationLoss(terms, model.taps, teacher.taps, class_weights=lambda scheme: weights).double()
-    player = Player(Learner(model, objective), config, accelerator)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    live = LiveTeacher([teacher], accelerator.device, accelerator.autocast, TeacherConfig())
+    player = Player(Learner(model, objective, live), config, accelerator)
     found: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:
@@ -73,10 +75,8 @@ def gradients(output: str, accumulate: int) -> None:
         ours = range(part * size + accelerator.process_index, (part + 1) * size, accelerator.num_processes)
         parts.append(SimpleNamespace(images=images[ours], labels=labels[ours]))
     run: Any = SimpleNamespace(accelerator=accelerator, seed=0, terminated=False)
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    offline = OfflineTeacher(teacher, accelerator.device, accelerator.autocast)
     torch.seed()  # whatever came before, the step has random numbers of its own
-    logged, _ = train_step(run, player, parts, 0, 10, offline)
+    logged, _ = train_step(run, player, parts, 0, 10)
     if accelerator.is_main_process:
         untouched = all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
         result = {"gradients": found, "logged": logged, "teacher_untouched": untouched, "draw": torch.rand(3)}

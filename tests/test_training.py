@@ -11,7 +11,7 @@ from forks import Forks
 from torch import nn
 
 from engine.player import TrainConfig, keep_dilated_depthwise_in_full_precision, learning_rate
-from engine.teachers import OfflineTeacher
+from engine.teachers import LiveTeacher, TeacherConfig
 from models.unet import UNet
 
 TINY = [
@@ -88,12 +88,12 @@ def test_mixed_precision_trains(forks: Forks, tmp_path: Path) -> None:
         assert "error: train.precision: fp16 needs a CUDA GPU" in outcome.text
 
 
-def test_offline_teacher_is_frozen() -> None:
+def test_live_teacher_is_frozen() -> None:
     """In eval mode whatever it was, without gradients; its batch statistics stay."""
     model = UNet(["a", "b"], 4, 1, 2).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    teacher = OfflineTeacher(model, torch.device("cpu"), nullcontext)
-    answer = teacher(torch.randn(2, 3, 16, 16), ["bottleneck"])
+    teacher = LiveTeacher([model], torch.device("cpu"), nullcontext, TeacherConfig())
+    answer = teacher.answer(torch.randn(2, 3, 16, 16), ["bottleneck"])
     assert not answer.logits.requires_grad
     assert not answer.features["bottleneck"].requires_grad
     assert not answer.logits.is_inference()  # or a backward pass could not save it

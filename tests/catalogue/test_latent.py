@@ -137,7 +137,7 @@ def stage(alpha: float = 0.0) -> tuple[Reconstruction, Answer, Tensor, Tensor]:
     config = AutoencoderConfig(channels=3, alpha=alpha)
     term = objective(kta=KTAConfig(taps=["b:a"]), autoencoder=config)
     _, teacher, labels = answers(4)
-    return Reconstruction(term.latents).double(), teacher, labels, torch.zeros(4, 3, 8, 12)
+    return Reconstruction(term.latents, lambda *_: teacher).double(), teacher, labels, torch.zeros(4, 3, 8, 12)
 
 
 def test_reconstruction_by_hand() -> None:
