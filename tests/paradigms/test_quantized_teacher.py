@@ -140,6 +140,18 @@ def test_a_module_that_only_looks_like_a_chain_keeps_its_sum(trained: tuple[UNet
         assert difference(model(images[:4]), teacher(images[:4])) < 0.02
 
 
+def test_each_channel_has_a_scale_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))).eval()
+    with torch.no_grad():
+        model[0][0].weight[1] *= 1e-3  # type: ignore
+    images = torch.randn(1, 3, 32, 32)
+    teacher = quantize_int8(model, [images])
+    with torch.no_grad():
+        theirs, ours = model(images)[0, 1], teacher(images)[0, 1]
+    assert difference(theirs - theirs.mean(), ours - ours.mean()) < 0.02
+
+
 def test_refused_where_it_would_do_nothing_or_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     transformer = settled(SegFormer(CLASSES, "b0", [8, 16, 20, 32], [1, 2, 1, 1], 16))
     with pytest.raises(ConfigurationError, match=r"teacher.precision: int8: only 0% .*; give bf16"):
