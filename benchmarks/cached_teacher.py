@@ -56,9 +56,9 @@ class Config:
         default_factory=lambda: DataConfig(name="camvid", crop=[240, 320], scale=[0.5, 2.0], jitter=0.1)
     )
     """The data set and its crops."""
-    images: int = 64
+    images: int = 48
     """Images that are cached."""
-    crops: int = 256
+    crops: int = 160
     """Crops by which the logits are compared."""
     batch: int = 4
     """Images of a step."""
