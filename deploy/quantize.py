@@ -39,8 +39,8 @@ def quantize_int8(model: nn.Module, calibration_images: Sequence[Tensor]) -> nn.
 
     Args:
         model: on the CPU, float32; `model(images)` runs it.
-        calibration_images: batches [B, 3, H, W] as the model is given them; ranges are their minimum and maximum,
-            and what goes beyond is clipped.
+        calibration_images: images [3, H, W] or batches [B, 3, H, W] as the model is given them; ranges are their
+            minimum and maximum, and what goes beyond is clipped.
 
     Raises:
         ConfigurationError: less than half of the model's FLOPs are in such chains, it is not on the CPU, or the
@@ -51,10 +51,10 @@ def quantize_int8(model: nn.Module, calibration_images: Sequence[Tensor]) -> nn.
     if not torch.backends.mkldnn.is_available() or not has_int8():
         raise ConfigurationError("teacher.precision: int8: this CPU has no instructions for it (VNNI); give fp32")
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    observed = _observe(model, calibration_images)
+    batches = [images.view(-1, *images.shape[-3:]) for images in calibration_images]
+    observed = _observe(model, batches)
     flops = sum(chain.flops for chain in observed.values())
-    images = calibration_images[0]
-    share = flops / (len(images) * count_flops(model, images.shape[-2:]))
+    share = flops / (len(batches[0]) * count_flops(model, batches[0].shape[-2:]))
     if share < LEAST_SHARE:
         raise ConfigurationError(
             f"teacher.precision: int8: only {share:.0%} of the model's FLOPs are in plain chains of convolution, "

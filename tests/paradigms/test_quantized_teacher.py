@@ -64,7 +64,7 @@ def miou(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def test_a_trained_model_answers_alike(trained: tuple[UNet, Tensor, Tensor]) -> None:
     model, images, labels = trained
     before = copy.deepcopy(model.state_dict())
-    teacher = quantize_int8(model, [images[:8], images[8:16]])
+    teacher = quantize_int8(model, [images[:8], *images[8:16]])  # batches and single images
     with torch.no_grad():
         theirs, ours = model(images[32:]).logits, teacher(images[32:]).logits
         p, q = theirs.log_softmax(1), ours.log_softmax(1)
