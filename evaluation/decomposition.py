@@ -7,10 +7,10 @@ For runs k = 1..K of one method, with predicted distributions p_k, and a target 
 
     p(c) = exp(mean_k log p_k(c)) / Z,    the normalised geometric mean of the p_k
 
-(Heskes 1998; Yang et al. 2020). Of a label y the noise is 0 and the bias `-log p(y)`: what is wrong with the method
-whichever seed it is trained with. The variance is what the seed does to it. Over K runs it is their variance about
-their own mean, on average smaller than the method's by about (K - 1) / K; the rest is in the bias. So compare
-methods over equal numbers of runs.
+(Heskes 1998; Yang et al. 2020). Of a label y the noise is 0 and the bias `-log p(y)`: what is wrong with the
+method whichever seed it is trained with. The variance is what the seed does to it. Over K runs it is their
+variance about their own mean, on average smaller than the method's by about (K - 1) / K; the rest is in the bias.
+So compare methods over equal numbers of runs.
 
 All is computed in float64, at label size, of a block of rows at a time.
 """

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -53,6 +54,28 @@ def overlay(image: np.ndarray, label: np.ndarray | Tensor, colours: Colours, opa
     mixed = (1 - opacity) * image.astype(np.float32) + opacity * colourise(classes, colours)
     has_class = (classes >= 0) & (classes < len(colours))
     return np.where(has_class[..., None], np.rint(mixed).astype(np.uint8), image)
+
+
+def heat_map(values: np.ndarray | Tensor, highest: float) -> np.ndarray:
+    """Values [H, W] from 0 to `highest` as colours from dark blue over green to yellow (viridis); NaN is white.
+
+    What lies outside takes the colour of the nearer end.
+    """
+    numbers = _numpy(values).astype(np.float64)
+    levels = np.rint(255 * np.nan_to_num(numbers / highest, nan=0.0).clip(0, 1)).astype(np.uint8)
+    picture = cv2.applyColorMap(levels, cv2.COLORMAP_VIRIDIS)[..., ::-1].copy()
+    picture[np.isnan(numbers)] = 255
+    return picture
+
+
+def colour_scale(width: int, highest: float, unit: str = "", height: int = 32) -> np.ndarray:
+    """The colours of `heat_map` from 0 at the left to `highest` at the right, with the numbers in them."""
+    sheet = Image.fromarray(heat_map(np.tile(np.linspace(0, highest, width), (height, 1)), highest))
+    draw, font = ImageDraw.Draw(sheet), _font_that_fits([], 14 * height // 2)
+    last = f"{highest:.3g} {unit}".rstrip()
+    draw.text((6, height // 2), "0", fill="white", font=font, anchor="lm")
+    draw.text((width - 6, height // 2), last, fill="black", font=font, anchor="rm")
+    return np.asarray(sheet)
 
 
 def denormalise(images: np.ndarray | Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

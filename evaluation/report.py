@@ -86,7 +86,7 @@ def seeds_table(results: Sequence[Result]) -> str:
     shown = {"miou": "mIoU %", "pixel_accuracy": "pixel acc. %", "class_accuracy": "class acc. %"}
     rows = []
     for runs in methods.values():
-        row: dict[str, Any] = {"method": os.path.commonprefix([str(run["run"]) for run in runs]).rstrip("-_./")}
+        row: dict[str, Any] = {"method": method_name([str(run["run"]) for run in runs])}
         row["seeds"] = len(runs)
         for key, heading in {"parameters": "params", "flops": "FLOPs"}.items():
             row[heading] = quantity(runs[0][key]) if key in runs[0] else ABSENT  # the same for every seed
@@ -100,6 +100,67 @@ def seeds_table(results: Sequence[Result]) -> str:
         row["training"] = duration(statistics.mean(times)) if times else ABSENT
         rows.append(row)
     return table(rows)
+
+
+def method_name(runs: Sequence[str]) -> str:
+    """What the names of a method's runs begin with."""
+    return os.path.commonprefix(list(runs)).rstrip("-_./")
+
+
+def calibration_table(results: Sequence[Result]) -> str:
+    """One row for each run: entropy and cross-entropy in nats, calibration error, inter-class correlation.
+
+    The keys are those of `Calibration.summarise`.
+    """
+    rows = [
+        {
+            "run": name,
+            "entropy": _nats(result["entropy"]),
+            "NLL": _nats(result["nll"]),
+            "ECE %": percent(result["ece"]),
+            "class corr.": _nats(result["class_correlation"]),
+        }
+        for name, result in zip(_run_names(results), results, strict=True)
+    ]
+    return table(rows)
+
+
+def decomposition_table(results: Sequence[Result]) -> str:
+    """One row for each method: its expected loss and the parts of it, in nats, over all pixels and by region.
+
+    Each result is a method's `Decomposition.summarise`, with its `method` and `runs`.
+    """
+    rows = []
+    for result in results:
+        row = {"method": result["method"], "seeds": len(result["runs"])}
+        row |= {name: _nats(result[name]) for name in ("loss", "noise", "bias", "variance")}
+        row["variance %"] = percent(_part(result["variance"], result["loss"]))
+        for region, parts in result["regions"].items():
+            row |= {f"{region} {name}": _nats(parts[name]) for name in ("bias", "variance")}
+        row["off by"] = f"{abs(result['difference']):.0e}"
+        rows.append(row)
+    return table(rows)
+
+
+def decomposition_by_class(results: Sequence[Result]) -> str:
+    """Bias + variance of every true class (rows) with every method (columns), in nats."""
+    rows = []
+    for name in results[0]["classes"]:
+        row = {"class": name}
+        for result in results:
+            parts = result["classes"][name]
+            known = parts["pixels"] > 0
+            row[result["method"]] = f"{parts['bias']:.3f} + {parts['variance']:.3f}" if known else ABSENT
+        rows.append(row)
+    return table(rows)
+
+
+def _nats(value: float) -> str:
+    return ABSENT if math.isnan(value) else f"{value:.4f}"
+
+
+def _part(value: float, whole: float) -> float:
+    return value / whole if whole > 0 else math.nan
 
 
 def percent(share: float | None) -> str:
