@@ -137,7 +137,7 @@ def open_cache(
         data: the training images, as the teacher is to see them.
         key: what the answers depend on, by field, in words or hashes; format, storage, shard, number of images
             and taps are added here.
-        taps: the features that are wanted.
+        taps: the features that are wanted; a cache that has more serves as well.
 
     Raises:
         ConfigurationError: the images have unequal sizes, or the folder can't be written.
@@ -146,10 +146,12 @@ def open_cache(
         NonFiniteError: the teacher's answer is not finite.
         Terminated: SIGTERM arrived; whole shards stay.
     """
+    folder = Path(folder)
+    taps = on_main_process(run.accelerator, lambda: taps_of(folder, taps))
     fields = {"count": len(data), "taps": ", ".join(taps) or "none", "storage": config.storage}
     fields |= {"shard": config.shard, "format": FORMAT}
     whole_key = dict(sorted((key | {name: str(value) for name, value in fields.items()}).items()))
-    layout = Layout(Path(folder), whole_key, len(data), tuple(taps), config)
+    layout = Layout(folder, whole_key, len(data), tuple(taps), config)
     on_main_process(run.accelerator, lambda: check_key(layout))
     missing = on_main_process(run.accelerator, lambda: layout.missing)
     if missing:
@@ -159,6 +161,16 @@ def open_cache(
     on_every_process(run.accelerator, lambda: opened.append(CachedTeacher(layout, run.accelerator.device)))
     run.say(describe(layout, figures, opened[0]))
     return opened[0]
+
+
+def taps_of(folder: Path, wanted: Sequence[str]) -> list[str]:
+    """The taps of a cache that is there, if it has all that are wanted; else those that are."""
+    try:
+        said = str(json.loads((folder / KEY).read_bytes())["taps"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return sorted(wanted)  # what is wrong with the key, check_key says
+    found = [] if said == "none" else said.split(", ")
+    return found if set(wanted) <= set(found) else sorted(wanted)
 
 
 def check_key(layout: Layout) -> None:

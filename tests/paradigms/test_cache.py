@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cached import KEY, TAP, Pictures, Table, fill, learned
+from cached import KEY, TAP, TAP, Pictures, Table, fill, learned
 from forks import Forks
 
 import engine.cache
@@ -233,12 +233,22 @@ def test_each_field_of_the_key_is_compared(whole: Path, field: str, monkeypatch:
     elif field == "count":
         count = 8
     else:
-        options |= {"taps": {"taps": ()}, "storage": {"storage": "float16"}, "shard": {"shard": 4}}[field]
+        options |= {"taps": {"taps": ("encoder.0",)}, "storage": {"storage": "float16"}, "shard": {"shard": 4}}[
+            field
+        ]
     before = contents(whole)
     with pytest.raises(DamagedFileError) as caught:
         fill(whole, learned(8), Pictures(count, (24, 32)), **options)
     assert caught.value.exit_code == 3
     assert str(caught.value).startswith(f"teacher.cache.folder: {whole}: made for other {named} (")
+    assert contents(whole) == before
+
+
+def test_more_taps_than_wanted(whole: Path) -> None:
+    """A cache with features serves who wants none; nothing is written."""
+    before = contents(whole)
+    without = fill(whole, learned(8), Pictures(7, (24, 32)), taps=())
+    assert without.layout.taps == (TAP,)
     assert contents(whole) == before
 
 
