@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cached import KEY, TAP, TAP, Pictures, Table, fill, learned
+from cached import KEY, TAP, Pictures, Table, fill, learned
 from forks import Forks
 
 import engine.cache
