@@ -16,6 +16,7 @@ from evaluation.decomposition import (
     near_boundary,
     wsl_weights,
 )
+from evaluation.pictures import colour_scale, heat_map
 from losses.logits import kl_divergence, wsl
 
 
@@ -157,3 +158,14 @@ def test_weights_are_those_of_the_loss() -> None:
     two = wsl_weights([student, logits[1]], teacher, labels)
     mean = (weights + wsl_weights([logits[1]], teacher, labels)) / 2
     torch.testing.assert_close(two, mean, equal_nan=True)
+
+
+def test_colours_of_a_map_are_those_of_its_scale() -> None:
+    values = torch.tensor([[0.0, 1.0, 2.0, 9.0, -1.0, math.nan]])
+    colours = heat_map(values, 2.0)[0].tolist()
+    scale = colour_scale(257, 2.0, "nats")
+    assert scale.shape == (32, 257, 3)
+    assert [scale[0, 0].tolist(), scale[0, 128].tolist(), scale[0, 256].tolist()] == colours[:3]
+    assert colours[3:5] == [colours[2], colours[0]]
+    assert colours[5] == [255, 255, 255]
+    assert sum(colours[0]) < sum(colours[1]) < sum(colours[2]) < 3 * 255
