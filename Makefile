@@ -5,9 +5,13 @@ RUN := $(VENV)/bin/python
 CAMVID := runs/camvid-cpu
 STUDENTS := runs/camvid-students
 RECIPE := configs/camvid_students
+FOCUS := runs/camvid-focus
+ONLINE := runs/camvid-online
+ENTROPY := runs/high-entropy
 CHECKED := models data losses engine evaluation deploy tests benchmarks notebooks *.py
 
-.PHONY: help setup setup-dev demo demo-clean test test-slow lint format camvid camvid-students benchmarks notebook clean
+.PHONY: help setup setup-dev demo demo-clean test test-slow lint format camvid camvid-students camvid-focus
+.PHONY: camvid-online high-entropy benchmarks notebook clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -80,12 +84,50 @@ camvid-students: setup  ## students of several kinds on real CamVid, three seeds
 	$(RUN) profile_latency.py $(STUDENTS)/teacher $(STUDENTS)/*-0 backends=[eager] threads=1 rounds=15
 	$(RUN) evaluate.py $(STUDENTS)/teacher $(STUDENTS)/*-[0-9] split=test pictures=3 out=results/camvid-students
 
+camvid-focus: setup  ## which part of a UNet to teach, on real CamVid (after camvid-students' teacher); an hour
+	$(RUN) train_teacher.py $(RECIPE)/recipe.yaml $(RECIPE)/teacher.yaml resume=true
+	for seed in 0 1; do \
+		$(RUN) train_teacher.py $(RECIPE)/recipe.yaml configs/camvid_focus/alone.yaml \
+			run_dir=$(FOCUS)/alone-$$seed seed=$$seed resume=true || exit; \
+		for name in all logits encoder bottleneck decoder; do \
+			$(RUN) distill.py $(RECIPE)/recipe.yaml configs/camvid_focus/student.yaml configs/camvid_focus/$$name.yaml \
+				run_dir=$(FOCUS)/$$name-$$seed seed=$$seed resume=true || exit; \
+		done; \
+	done
+	$(RUN) evaluate.py $(FOCUS)/*-[0-9] split=test pictures=3 out=results/camvid-focus
+
+camvid-online: setup  ## online against offline distillation on real CamVid, at equal time; half an hour
+	for seed in 0 1; do \
+		$(RUN) train_teacher.py $(RECIPE)/recipe.yaml configs/camvid_online/teacher.yaml \
+			run_dir=$(ONLINE)/teacher-$$seed seed=$$seed resume=true || exit; \
+		$(RUN) distill.py $(RECIPE)/recipe.yaml configs/camvid_online/offline.yaml $(ONLINE)/teacher-$$seed \
+			run_dir=$(ONLINE)/offline-$$seed seed=$$seed resume=true || exit; \
+		for name in simultaneous alternating; do \
+			$(RUN) distill.py $(RECIPE)/recipe.yaml configs/camvid_online/$$name.yaml \
+				run_dir=$(ONLINE)/$$name-$$seed seed=$$seed resume=true || exit; \
+		done; \
+	done
+	$(RUN) evaluate.py $(ONLINE)/*-[0-9] split=test pictures=3 out=results/camvid-online
+
+high-entropy: setup  ## four teachers, three of high entropy, and what each teaches, on real CamVid; an hour
+	for name in teacher label_smoothing confidence_penalty margin; do \
+		$(RUN) train_teacher.py $(RECIPE)/recipe.yaml configs/high_entropy/teacher.yaml \
+			configs/high_entropy/$$name.yaml resume=true || exit; \
+		for seed in 0 1; do \
+			$(RUN) distill.py $(RECIPE)/recipe.yaml configs/high_entropy/student.yaml $(ENTROPY)/$$name \
+				run_dir=$(ENTROPY)/student_of_$$name-$$seed seed=$$seed resume=true || exit; \
+		done; \
+	done
+	$(RUN) evaluate.py $(ENTROPY)/teacher $(ENTROPY)/label_smoothing $(ENTROPY)/confidence_penalty \
+		$(ENTROPY)/margin $(ENTROPY)/student_of_*-[0-9] split=test pictures=3 out=results/high-entropy
+
 benchmarks: setup  ## time and memory of the parts that we wrote ourselves
 	$(RUN) benchmarks/losses.py
 	$(RUN) benchmarks/affinity.py
 	$(RUN) benchmarks/step_time.py
 	$(RUN) benchmarks/streets.py
 	$(RUN) benchmarks/models.py
+	$(RUN) benchmarks/cached_teacher.py
 
 notebook: setup-dev  ## make the notebooks' .ipynb from their .py
 	$(VENV)/bin/jupytext --to ipynb notebooks/*.py

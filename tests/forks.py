@@ -154,6 +154,21 @@ def kill_in_step(step: int, number: int = signal.SIGKILL) -> None:
     engine.loop.learning_rate = learning_rate
 
 
+def kill_in_link(point: list[Any]) -> None:
+    """SIGKILL in the middle of a training step of one run of a chain: [folder, step]."""
+    import engine.loop
+
+    folder, step = point
+    genuine = engine.loop.train_step
+
+    def train_step(run: Any, player: Any, parts: Any, now: int, *others: Any) -> Any:
+        if str(run.folder) == folder and now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return genuine(run, player, parts, now, *others)
+
+    engine.loop.train_step = train_step
+
+
 def set_offline(_: Any) -> None:
     """As with HF_HUB_OFFLINE in the environment."""
     import huggingface_hub.constants
