@@ -10,6 +10,7 @@ docs/paradigms.md has a paragraph and a command on each way of teaching.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ from losses import DistillationLoss, LossConfig
 from losses.latent import Latents, Reconstruction
 from losses.logits import KDConfig
 from models import (
+    Mapped,
     ModelConfig,
     SegmentationModel,
     StudentConfig,
@@ -104,8 +106,9 @@ class Config:
         chain = bool(self.assistants) or self.generations > 1
         if chain and (self.mode == "online" or self.teacher.own):
             raise ConfigurationError("assistants: a chain needs mode=offline and a teacher; leave one of them out")
-        if self.mode == "online" and (self.teacher.source != "live" or self.teacher.runs):
-            raise ConfigurationError("teacher.source: mode=online has its own teachers; leave it as it is")
+        if self.mode == "online":
+            known = ("run", "hub", "classes", "absent", "accept_near_chance", "averaging")
+            self.teacher.only(*known, where="mode=online")
         if self.teacher.source == "average" and not self.train.ema:
             raise ConfigurationError("train.ema: teacher.source=average is the average of weights; give say 0.99")
 
@@ -192,6 +195,11 @@ def learn_together(
     begun_with = None
     if config.teacher.run or config.teacher.hub:
         fellows[0] = load_teachers(run, config, names)[0]
+        if isinstance(fellows[0], Mapped):
+            raise ConfigurationError(
+                "teacher.run: its classes are not those of the data set, and in mode=online it learns itself; "
+                "give one of these classes, or mode=offline"
+            )
         begun_with = fingerprint(fellows[0])
     called = ["teacher"] if len(fellows) == 1 else [f"fellow{number}" for number in range(1, len(fellows) + 1)]
     goal = objective(config.losses, student, fellows[0])
@@ -263,11 +271,14 @@ def load_teachers(run: Run, config: Config, names: tuple[str, ...]) -> list[Segm
 def make_live(run: Run, config: Config, models: list[SegmentationModel], train: SegmentationData) -> LiveTeacher:
     """The frozen teachers at their precision."""
     said, device = config.teacher, run.accelerator.device
+    training = nullcontext if said.source == "cache" else run.accelerator.autocast
     ready: list[nn.Module] = list(models)
     if said.precision == "int8":
+        if device.type != "cpu":
+            raise ConfigurationError("teacher.precision: int8 is for CPUs; give bf16 or fp16 on a GPU")
         images = [train.sample((-1, index, index), seed=0).images for index in range(min(8, len(train)))]
         ready = [quantize_int8(model, images) for model in models]
-    return LiveTeacher(ready, device, own_autocast(said.precision, device, run.accelerator.autocast), said)
+    return LiveTeacher(ready, device, own_autocast(said.precision, device, training), said)
 
 
 def make_cached(
@@ -282,7 +293,7 @@ def make_cached(
         "images": f"mean {data.mean}, std {data.std}, size {said.size or data.size}",
         "views": f"scales {said.scales}, flip {said.flip}, averaging {said.averaging}",
         "data": whole.manifest_hash(),
-        "precision": said.precision if said.precision != "train" else config.train.precision,
+        "precision": "fp32" if said.precision == "train" else said.precision,
         "classes": f"{', '.join(whole.labels.names)}; {said.classes or 'by name'}; without {said.absent}",
     }
     return open_cache(run, live, whole, folder, key, objective.teacher_taps, said.cache)

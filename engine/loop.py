@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.checkpoint import clear_checkpoints, load_checkpoint, replace_folder, save_checkpoint
 from engine.player import Learner, Player, TrainConfig, learning_rate, resolution
 from errors import DamagedFileError, NonFiniteError, Terminated
+from evaluation.calibration import Calibration
 from evaluation.metrics import ConfusionMatrix, scores
 
 if TYPE_CHECKING:
@@ -133,8 +134,10 @@ def judge(
 
 
 def measure(run: "Run", player: Player, val: TrainingData, workers: int) -> dict[str, Any]:
-    """The scores of a learner on `val`."""
-    return summarise(evaluate(run.accelerator, player.evaluated, val, workers=workers), val.labels.names)
+    """The scores of a learner on `val`, and how sure and how well calibrated it is, on a 25th of the pixels."""
+    calibration = Calibration(len(val.labels.names), run.accelerator.device, every=5)
+    matrix = evaluate(run.accelerator, player.evaluated, val, workers=workers, calibration=calibration)
+    return summarise(matrix, val.labels.names) | calibration.summarise()
 
 
 def shown(scored: dict[str, dict[str, Any]]) -> str:
@@ -187,7 +190,8 @@ def train_step(
         group["lr"] = rate
     player.wrapped.train()
     seen = at_resolution(parts, resolution(step, total, config))
-    wanted, said = learner.wanted(step), []
+    wanted = learner.wanted(step)
+    learner.said = []
 
     counts = torch.stack([learner.counts(part.labels) for part in seen]).sum(0)
     stop = counts.new_full((1,), float(run.terminated))
@@ -204,10 +208,9 @@ def train_step(
             loss, values = player.wrapped(seen[i].images, seen[i].labels, answer, step, denominators)
             accelerator.backward(loss * accelerator.num_processes)
         if learner.tells is not None:
-            said.append((part, learner.latest))
+            learner.said.append((part, learner.latest))
         for name, value in {"loss": loss.detach(), **values}.items():
             sums[name] = sums.get(name, torch.zeros_like(counts[0])) + value.double()
-    learner.said = said
     added = add_up(accelerator, torch.stack(list(sums.values())))
     parameters = [p for group in player.optimizer.param_groups for p in group["params"]]
     clipped = accelerator.clip_grad_norm_(parameters, config.clip or math.inf)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from engine.teachers import Answer, OwnTeacher, Teacher, perturbed
+from engine.teachers import Answer, LiveTeacher, OwnTeacher, Teacher, perturbed
 from errors import ConfigurationError
 
 
@@ -138,6 +138,8 @@ class Learner(nn.Module):
         if self.tells is not None:
             features = {tap: output.features[tap].detach() for tap in self.tells}
             self.latest = Answer(output.logits.detach(), features)
+        if isinstance(self.teacher, LiveTeacher) and answer is not None:
+            self.teacher.wait(answer)
         return self.objective(output, answer, labels, step=step, denominators=denominators, images=images)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -82,9 +82,12 @@ class TeacherConfig:
     """average, itself: how strongly the student's images are changed in contrast, colour and noise and by a blank
     rectangle before the student sees them, 0 to 1; the teacher sees them unchanged."""
     precision: Literal["train", "fp32", "bf16", "fp16", "int8"] = "train"
-    """Arithmetic of a live teacher, or of the one that fills a cache; train: that of train.precision."""
+    """Arithmetic of the teacher; train: that of train.precision, but a cache is filled in fp32. int8 is for
+    convolutional teachers on a CPU."""
     compile: bool = False
     """Compile the live teacher by torch.compile, which takes a minute and a C++ compiler or a GPU."""
+    stream: bool = False
+    """Let the live teacher work on a CUDA stream of its own, beside the student's forward pass."""
 
     def __post_init__(self) -> None:
         if self.run and self.hub:
@@ -94,11 +97,7 @@ class TeacherConfig:
         if not 0 <= self.perturb <= 1:
             raise ConfigurationError(f"teacher.perturb: {self.perturb} is no strength; give 0 to 1")
         if self.own:
-            for key in ("run", "hub", "runs"):
-                if getattr(self, key):
-                    raise ConfigurationError(
-                        f"teacher.{key}: teacher.source={self.source} has no other teacher; leave one of them out"
-                    )
+            self.only("source", "scales", "flip", "averaging", "perturb", where=f"teacher.source={self.source}")
         elif self.perturb:
             raise ConfigurationError(
                 f"teacher.perturb: is for teacher.source=average or itself, not {self.source}; leave it out"
@@ -107,6 +106,15 @@ class TeacherConfig:
             raise ConfigurationError(
                 "teacher.size: is for teacher.source=cache; leave it out, or see teacher.scales"
             )
+        if self.stream and self.source != "live":
+            raise ConfigurationError("teacher.stream: is for teacher.source=live; leave it out")
+
+    def only(self, *known: str, where: str) -> None:
+        """Raises ConfigurationError if a key besides these is not at its default: it would do nothing there."""
+        usual = TeacherConfig()
+        for key in (one.name for one in fields(self)):
+            if key not in known and getattr(self, key) != getattr(usual, key):
+                raise ConfigurationError(f"teacher.{key}: does nothing with {where}; leave one of them out")
 
     @property
     def own(self) -> bool:
@@ -134,6 +142,9 @@ class LiveTeacher:
         self.autocast, self.config = autocast, config
         if config.compile:
             self.models = [torch.compile(model) for model in self.models]
+        if config.stream and device.type != "cuda":
+            raise ConfigurationError("teacher.stream: needs a CUDA GPU and there is none; leave it out")
+        self.stream = torch.cuda.Stream(device) if config.stream else None
 
     def answer(self, images: Tensor, taps: Sequence[str]) -> Any:
         """What the models say of images [B, 3, H, W] as the student's batches are normalised."""
@@ -141,7 +152,20 @@ class LiveTeacher:
             return consult(self.models, images, taps, self.config)
 
     def __call__(self, batch: Any, taps: Sequence[str]) -> Any:
-        return self.answer(batch.images, taps)
+        """The answer to a batch; with a stream of its own, it is there after `wait`."""
+        if self.stream is None:
+            return self.answer(batch.images, taps)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        batch.images.record_stream(self.stream)
+        with torch.cuda.stream(self.stream):
+            return self.answer(batch.images, taps)
+
+    def wait(self, answer: Any) -> None:
+        """Makes what follows wait for an answer on a stream of its own."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            for tensor in (answer.logits, *answer.features.values()):
+                tensor.record_stream(torch.cuda.current_stream())
 
     def as_model(self) -> nn.Module:
         """A module that answers as it does, to be evaluated."""
