@@ -1,4 +1,4 @@
-"""Every way of teaching, by one command on streets: it trains, and killed and resumed it is the run that was not."""
+"""Every way of teaching, by one command on streets: it trains; killed and resumed it is the run that was not."""
 
 import json
 from pathlib import Path
