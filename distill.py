@@ -117,10 +117,10 @@ def main(config: Config) -> None:
     chain = links(config)
     if len(chain) > 1:
         start_chain(config)
-    for link in chain:
-        if len(chain) > 1 and config.resume and (Path(link.run_dir) / "results.json").exists():
-            continue
-        distil(link, more=link is not chain[-1])
+    for link in chain[:-1]:
+        if not (config.resume and (Path(link.run_dir) / "results.json").exists()):
+            distil(link, more=True)
+    distil(chain[-1])
 
 
 def links(config: Config) -> list[Config]:

@@ -132,10 +132,12 @@ def model_of_run(
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """What a run's config.yaml says."""
+    """What a run's config.yaml says; a fellow of online distillation, RUN/teacher say, has that of its run."""
     path = folder / "config.yaml"
+    fellow = not path.exists() and (folder / "best").is_dir()
     try:
-        saved: Any = OmegaConf.to_container(OmegaConf.load(path))
+        saved: Any = OmegaConf.to_container(OmegaConf.load(folder.parent / path.name if fellow else path))
+        saved |= {"fellow": folder.name} if fellow else {}
     except FileNotFoundError as error:
         raise ConfigurationError(f"{path}: no such file; name the directory of a run") from error
     except OmegaConfBaseException as error:

@@ -154,8 +154,8 @@ def common_size(runs: list[str]) -> list[int]:
 
 def evaluation_size(run: Path) -> list[int] | None:
     """[height, width] at which a run is evaluated, by its config.yaml; None where that does not say."""
-    path = run / "config.yaml"
-    if not path.is_file():
+    path = next((path for path in (run / "config.yaml", run.parent / "config.yaml") if path.is_file()), None)
+    if path is None:  # the second is that of a fellow's run, which has no file of its own
         return None
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]

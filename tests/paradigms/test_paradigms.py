@@ -126,3 +126,91 @@ def test_one_process(forks: Forks, teacher: Path, tmp_path: Path, name: str) -> 
 )
 def test_two_processes(forks: Forks, teacher: Path, tmp_path: Path, name: str) -> None:
     kill_and_resume(forks, teacher, tmp_path, name, 2)
+
+
+@pytest.mark.parametrize(("alternate", "length"), [("none", 0), ("step", 1), ("epoch", 3)])
+def test_turns(forks: Forks, tmp_path: Path, alternate: str, length: int) -> None:
+    """Each learner's values are logged at the steps at which it learns; scores are logged of both."""
+    run = tmp_path / "run"
+    distil(forks, f"run_dir={run}", *STUDENT, *ONLINE, f"online.alternate={alternate}")
+    lines = train_lines(run)
+    learnt = [("teacher.cross_entropy" in line, "cross_entropy" in line) for line in lines]
+    assert learnt == [
+        (True, True) if not length else (step // length % 2 == 0, step // length % 2 == 1) for step in range(8)
+    ]
+    assert all("kd" in line for line in lines if "cross_entropy" in line)
+    splits = [json.loads(text)["split"] for text in (run / "metrics.jsonl").read_text().splitlines()]
+    assert splits.count("val") == splits.count("val.teacher") == 2
+    results = json.loads((run / "results.json").read_text())
+    assert results["parameters"] != results["teacher"]["parameters"]
+    for figures in (results, results["teacher"]):
+        assert {"miou", "best_miou", "entropy", "ece", "class_correlation"} <= figures.keys()
+
+
+def test_a_fellow_is_a_run_too(forks: Forks, tmp_path: Path) -> None:
+    """Its weights are evaluated and taught from like those of any run; its score is the one that was logged."""
+    run = tmp_path / "run"
+    distil(forks, f"run_dir={run}", *STUDENT, *ONLINE)
+    outcome = forks.script("evaluate.py", str(run), str(run / "teacher"), "pictures=1")
+    text = completed([outcome])
+    assert "Over seeds" not in text
+    scored = json.loads((run / "teacher/evaluation_val.json").read_text())
+    assert scored["miou"] == json.loads((run / "results.json").read_text())["teacher"]["best_miou"]
+    again = [*STUDENT, "teacher.accept_near_chance=true", f"run_dir={tmp_path / 'next'}"]
+    distil(forks, str(run / "teacher"), *again)
+
+
+def test_a_fellow_begins_with_the_teacher_that_is_given(forks: Forks, teacher: Path, tmp_path: Path) -> None:
+    """With its weights, which its first step changes."""
+    run = tmp_path / "run"
+    settings = [*ONLINE, "train.steps=1", "train.evaluate_every=0", "online.lr=1e-9", "online.weight_decay=0"]
+    distil(forks, str(teacher), f"run_dir={run}", *STUDENT, *settings)
+    from safetensors.torch import load_file
+
+    before, after = (load_file(path / "best/model.safetensors") for path in (teacher, run / "teacher"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
+
+
+def test_a_chain_is_resumed_as_a_whole(forks: Forks, teacher: Path, tmp_path: Path) -> None:
+    """Each link is taught by the one before, the last with the seed that was given; finished, it is left alone."""
+    import yaml
+
+    run = tmp_path / "run"
+    distil(forks, *arguments_of("assistants", teacher, run), "generations=2", "seed=3")
+    links = [yaml.safe_load((run / str(number) / "config.yaml").read_text()) for number in (1, 2, 3)]
+    assert [link["teacher"]["run"] for link in links] == [str(teacher), f"{run}/1", f"{run}/2"]
+    assert [link["student"]["width"] for link in links] == [6, 4, 4]
+    assert [link["seed"] for link in links] == [5, 4, 3]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    text = distil(forks, str(run / "config.yaml"), "resume=true")
+    assert "finished" in text
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    text = distil(forks, *arguments_of("assistants", teacher, run), code=2)
+    assert f"error: run_dir: {run} exists" in text
+    text = distil(forks, str(run / "config.yaml"), "train.lr=1", "resume=true", code=2)
+    assert "error: train.lr: differs from" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["mode=online", "teacher.flip=true"], "teacher.flip: does nothing with mode=online"),
+        (["mode=online", "generations=2"], "assistants: a chain needs mode=offline"),
+        (["mode=online", "losses.kta={}"], "losses.kta: mode=online has no frozen teacher"),
+        (["teacher.source=average"], "train.ema: teacher.source=average is the average of weights"),
+        (
+            ["teacher.source=itself", "losses.affinity={}"],
+            "losses.kta: teacher.source=itself has no frozen teacher",
+        ),
+        (["online.models=[]"], "online.models: empty"),
+        (["mode=online", "online.models=[{widht: 3}]"], "online.models[0].widht: no such key"),
+        (["generations=0"], "generations: 0 is too few"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(forks: Forks, tmp_path: Path, settings: list[str], said: str) -> None:
+    text = distil(forks, f"run_dir={tmp_path / 'run'}", *STUDENT, *settings, code=2)
+    assert f"error: {said}" in text
