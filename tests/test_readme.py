@@ -1,6 +1,7 @@
-"""The README's examples run as they stand, each in under 20 lines of code."""
+"""The README's examples run as they stand, each in under 20 lines; links and commands of all pages hold."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+import distill
+import evaluate
+import train_teacher
+from engine.config import list_keys, parse
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PARADIGMS = (ROOT / "docs/paradigms.md").read_text()
+SCRIPTS = {
+    "train_teacher": (train_teacher, None),
+    "distill": (distill, "teacher.run"),
+    "evaluate": (evaluate, "runs"),
+}
 
 
 def example(heading: str) -> dict[str, Any]:
@@ -24,10 +37,56 @@ def example(heading: str) -> dict[str, Any]:
     return names
 
 
-def test_what_is_linked_is_there() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """What a link to a part of a page may name: its headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_linked_is_there(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def commands() -> list[str]:
+    """The commands in the pages' blocks, and those by which configurations say how they are used."""
+    blocks = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)]
+    heads = [path.read_text() for path in sorted(ROOT.glob("configs/**/*.yaml"))]
+    lines = [line.removeprefix("#").strip() for text in (*blocks, *heads) for line in text.splitlines()]
+    return sorted(
+        {line for line in lines if re.match(rf"python ({'|'.join(SCRIPTS)})\.py ", line) and "…" not in line}
+    )
+
+
+def test_commands_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is there, and every key and value is one; the runs that are named need not be."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    found = commands()
+    assert len(found) > 30
+    for command in found:
+        _, script, *arguments = shlex.split(command, comments=True)
+        for run in (argument for argument in arguments if argument.startswith("runs/")):
+            (tmp_path / run / "best").mkdir(parents=True, exist_ok=True)
+        module, runs = SCRIPTS[script.removesuffix(".py")]
+        parse(module.Config, arguments, runs=runs)
+
+
+def test_paradigms_have_their_commands() -> None:
+    """Each file of configs/paradigms/ is named, each command has its own run, each key of the table is one."""
+    for path in (ROOT / "configs/paradigms").glob("*.yaml"):
+        assert f"configs/paradigms/{path.name}" in PARADIGMS, path.name
+    runs = re.findall(r"run_dir=(\S+)", PARADIGMS)
+    assert len(runs) == len(set(runs)) > 15
+    keys = {key.name for key in list_keys(distill.Config)}
+    for row in re.findall(r"^\| \[.*", PARADIGMS, flags=re.MULTILINE):
+        for word in re.findall(r"`([^`]+)`", row.split("|")[2]):
+            name = word.partition("=")[0].removeprefix(".")
+            assert any(key == name or key.endswith(f".{name}") for key in keys), word
 
 
 def test_own_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
