@@ -26,7 +26,8 @@ from losses.term import (
     full_precision,
 )
 
-BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}  # of a block of upsampled logits: it should stay in the cache
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # of a block of upsampled logits: it should stay in the cache
+NARROW = 128  # native columns up to which a product with a matrix interpolates faster than PyTorch does, on a CPU
 
 
 def blocked_sum(
@@ -158,9 +159,11 @@ class Rows:
         self.width, self.align_corners = size[1], align_corners
         self.same = native.shape[-2:] == torch.Size(size)
         self.height = size[0]
-        # On a GPU the transpose of PyTorch's interpolation is not deterministic, a product with a matrix is.
+        # On a GPU the transpose of PyTorch's interpolation is not deterministic, a product with a matrix is. On a
+        # CPU it is slow, and the product, zeros and all, faster where the map is not wide.
         self.columns_WJ: Tensor | None = None
-        if self.native.is_cuda and torch.are_deterministic_algorithms_enabled():
+        exact = self.native.is_cuda and torch.are_deterministic_algorithms_enabled()
+        if exact or (self.native.device.type == "cpu" and native.shape[-1] <= NARROW and not self.same):
             _, self.columns_WJ = _interpolation(native.shape[-1], size[1], 0, size[1], align_corners, self.native)
 
     def block(self, start: int, stop: int) -> tuple[slice, Tensor]:
@@ -170,16 +173,19 @@ class Rows:
         height = self.native.shape[-2]
         return _interpolation(height, self.height, start, stop, self.align_corners, self.native)
 
-    def upsample(self, rows: slice, matrix_RK: Tensor, images: slice = slice(None)) -> Tensor:
-        """Label rows [B, C, R, W], of all images or of some."""
+    def upsample(
+        self, rows: slice, matrix_RK: Tensor, images: slice = slice(None), out: Tensor | None = None
+    ) -> Tensor:
+        """Label rows [B, C, R, W], of all images or of some; in the memory of `out` unless the sizes agree."""
         native = self.native[images, :, rows]
         if self.same:
             return native
         if self.columns_WJ is not None:
-            return matrix_RK @ (native @ self.columns_WJ.mT)
-        size = (native.shape[-2], self.width)
-        wide_BCKW = F.interpolate(native, size=size, mode="bilinear", align_corners=self.align_corners)
-        return matrix_RK @ wide_BCKW
+            wide_BCKW = F.linear(native.contiguous(), self.columns_WJ)
+        else:
+            size = (native.shape[-2], self.width)
+            wide_BCKW = F.interpolate(native, size=size, mode="bilinear", align_corners=self.align_corners)
+        return torch.matmul(matrix_RK, wide_BCKW, out=out)
 
     def transpose(self, gradient_BCRW: Tensor, matrix_RK: Tensor) -> Tensor:
         """What a gradient with respect to label rows is with respect to their native rows: [B, C, K, w]."""

@@ -3,11 +3,12 @@
 Dimension letters: B images, C classes, R label rows of a block, K native rows under them, W label columns.
 """
 
+import math
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -109,50 +110,76 @@ class _UpsampledLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, classes = student_logits.shape[:2]
         size = (labels.shape[-2], labels.shape[-1])
-        taught = None if teacher_logits is None else full_precision(teacher_logits)
-
-        # The type of the sums and of the gradient, and what each class and pixel weighs in them.
-        like = full_precision(student_logits.new_zeros(()))
-        ce_weights = like.new_ones(classes) if class_weights is None else class_weights.to(like)
-        kl_weights = like.new_ones(classes) if kl_class_weights is None else kl_class_weights.to(like)
-        ce_weights = ce_weights / safe(ce_denominator, like)
-        kl_weights = kl_weights / safe(kl_denominator, like)
+        like = full_precision(student_logits.new_zeros(()))  # of the type of the sums and of the gradient
+        ce_denominator, kl_denominator = safe(ce_denominator, like), safe(kl_denominator, like)
         wanted = ctx.needs_input_grad[0]
         if in_one_kernel(student_logits):
             from losses.upsampled_triton import value_and_gradient
 
+            ones = like.new_ones(classes)
+            ce_weights = (ones if class_weights is None else class_weights.to(like)) / ce_denominator
+            kl_weights = (ones if kl_class_weights is None else kl_class_weights.to(like)) / kl_denominator
             native, options = full_precision(student_logits), settings._asdict()
+            taught = None if teacher_logits is None else full_precision(teacher_logits)
             ce, kl, found = value_and_gradient(native, taught, labels, ce_weights, kl_weights, **options)
             return _answer(ctx, student_logits, ce, kl, found if wanted else None, settings)
 
-        student = Rows(student_logits, size, settings.align_corners)
+        temperature = 1.0 if teacher_logits is None else settings.temperature
+        student = _Softened(student_logits, size, temperature, settings.align_corners)
         teacher = None
-        if taught is not None:  # upsampling is linear, so the temperature may divide before it
-            teacher = Rows(taught / settings.temperature, size, settings.align_corners)
+        if teacher_logits is not None:
+            teacher = _Softened(teacher_logits, size, temperature, settings.align_corners)
+        step = rows_a_block(batch * classes * size[1], student_logits.device)
         labelled = labels != settings.ignore_index
-        target = torch.where(labelled, labels, 0)
-        ce_pixels = ce_weights[target].mul_(labelled).unsqueeze(1)  # [B, 1, H, W]
-        kl_pixels = kl_weights[target].mul_(labelled).unsqueeze(1) if teacher is not None else ce_pixels
-        spread = ce_weights * (settings.label_smoothing / classes) if settings.label_smoothing else None
-        target = target.unsqueeze(1)
+        target, counted = torch.where(labelled, labels, 0).unsqueeze(1), labelled.to(like).unsqueeze(1)
+
+        # What each pixel [B, 1, H, W] weighs in the loss: its true class, all of its classes, its teacher. Of the
+        # teacher's T² one factor stays for the value, the other is gone by the derivative of logits / T.
+        factor = settings.ce_weight * (1 - settings.label_smoothing) / ce_denominator
+        true = _weigh(target, counted * factor, class_weights)
+        mass, spread = true, None
+        if settings.label_smoothing:
+            spread = like.new_ones(classes) if class_weights is None else class_weights.to(like)
+            spread = spread * (settings.ce_weight * settings.label_smoothing / (classes * ce_denominator))
+            mass = true + counted * spread.sum()
+        taught = None
+        if teacher is not None:
+            factor = settings.kl_weight * temperature / kl_denominator
+            taught = _weigh(target, counted * factor, kl_class_weights)
+        soft_mass = mass if taught is None else taught + mass if temperature == 1 else taught
+
         ce, kl = (like.new_zeros((), dtype=torch.float64) for _ in range(2))
         gradient = torch.zeros_like(student.native) if wanted else None
-
-        step = rows_a_block(batch * classes * size[1], student_logits.device)
         for start in range(0, size[0], step):
             stop = min(start + step, size[0])
+            block = (slice(None), slice(None), slice(start, stop))
             rows, matrix_RK = student.block(start, stop)
-            logits = student.upsample(rows, matrix_RK)
-            answers = _Answers(logits)
-            if teacher is not None:
-                soft = F.log_softmax(teacher.upsample(*teacher.block(start, stop)), dim=1)
-                kl += _distillation(answers, soft, kl_pixels[:, :, start:stop], settings)
+            ours = student.exponentials(rows, matrix_RK)
+            hard = ours if temperature == 1 or not settings.ce_weight else student.hardened(ours)
+            theirs = None
+            if teacher is not None and taught is not None:
+                alike = teacher.native.shape[-2:] == student.native.shape[-2:]
+                theirs = teacher.exponentials(*((rows, matrix_RK) if alike else teacher.block(start, stop)))
+                kl += _distillation(ours, theirs, taught[block])
             if settings.ce_weight:
-                truth, pixels = target[:, :, start:stop], ce_pixels[:, :, start:stop]
-                ce += _cross_entropy(answers, truth, pixels, labelled[:, None, start:stop], spread, settings)
-            if gradient is not None:
-                gradient[:, :, rows] += student.transpose(answers.gradient(), matrix_RK)
+                ce += _cross_entropy(
+                    hard, temperature, target[block], true[block], mass[block], counted[block], spread
+                )
+            if gradient is None:
+                continue
+            slope = ours.powers.mul_(soft_mass[block] / ours.totals)
+            if hard is not ours:
+                slope.addcmul_(hard.powers, mass[block] / hard.totals)
+            if theirs is not None:
+                slope.sub_(theirs.powers)
+            if settings.ce_weight:
+                slope.scatter_add_(1, target[block], -true[block])
+            if spread is not None:
+                slope.addcmul_(counted[block], spread.view(-1, 1, 1), value=-1)
+            gradient[:, :, rows] += student.transpose(slope, matrix_RK)
 
+        ce = ce / settings.ce_weight if settings.ce_weight else ce
+        kl = kl * (temperature / settings.kl_weight) if teacher is not None else kl
         return _answer(ctx, student_logits, ce, kl, gradient, settings)
 
     @staticmethod
@@ -182,68 +209,101 @@ def in_one_kernel(logits: Tensor) -> bool:
     return logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class _Answers:
-    """Log-probabilities of a block of logits at the temperatures that are asked for, and what reaches them.
+class _Exponentials(NamedTuple):
+    """Of a block's logits / T, from which each pixel's own number may have been taken; see `_Softened`.
 
-    Each temperature keeps the gradient with respect to its log-probabilities; one fused backward pass of the
-    log-softmax turns that into the gradient with respect to the logits.
+    The softmax is `powers / totals`; the division is left to the maps of the pixels' weights.
     """
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-        self.log_probabilities: dict[float, Tensor] = {}
-        self.upstream: dict[float, Tensor] = {}
+    logits: Tensor  # [B, C, R, W], those / T
+    powers: Tensor  # exponentials of them, or of those that are not divided
+    totals: Tensor  # [B, 1, R, W], sums of the exponentials
 
-    def at(self, temperature: float) -> Tensor:
-        """Log-probabilities [B, C, R, W]."""
-        if temperature not in self.log_probabilities:
-            logits = self.logits if temperature == 1 else self.logits / temperature
-            self.log_probabilities[temperature] = F.log_softmax(logits, dim=1)
-        return self.log_probabilities[temperature]
 
-    def gradient(self) -> Tensor:
-        """With respect to the logits [B, C, R, W]."""
-        total = None
-        for temperature, upstream in self.upstream.items():
-            output = self.log_probabilities[temperature]
-            part = torch.ops.aten._log_softmax_backward_data(upstream, output, 1, upstream.dtype)
-            part = part if temperature == 1 else part.div_(temperature)
-            total = part if total is None else total.add_(part)
-        return torch.zeros_like(self.logits) if total is None else total
+class _Softened(Rows):
+    """Rows of logits / T with their exponentials, in the same memory for every block.
+
+    At every native position the highest logit is taken off, which no softmax sees. Between positions that do not
+    agree on the highest one all are then below 0, by no more than three quarters of the lowest: where that is not
+    low, exponentials are as good as after a maximum at label size. Elsewhere that is taken off too, and on a GPU,
+    where a look at the numbers would have to be waited for.
+    """
+
+    LOWEST = -64.0  # exp(0.75 * LOWEST) is far from the smallest float32
+
+    def __init__(self, logits: Tensor, size: tuple[int, int], temperature: float, align_corners: bool) -> None:
+        logits = full_precision(logits.detach())
+        logits = logits - logits.amax(1, keepdim=True)
+        lowest = self.LOWEST * min(temperature, 1.0)
+        self.low = logits.is_cuda or logits.numel() == 0 or not float(logits.amin()) > lowest  # NaN is low
+        super().__init__(logits.div_(temperature) if temperature != 1 else logits, size, align_corners)
+        self.temperature = temperature
+        self.memory: dict[str, Tensor] = {}
+
+    def exponentials(self, rows: slice, matrix_RK: Tensor) -> _Exponentials:
+        shape = (*self.native.shape[:2], len(matrix_RK), self.width)
+        logits = self.upsample(rows, matrix_RK, out=None if self.same else self._memory("logits", shape))
+        if self.low:
+            logits -= logits.amax(1, keepdim=True)
+        powers = torch.exp(logits, out=self._memory("powers", logits.shape))
+        return _Exponentials(logits, powers, powers.sum(1, keepdim=True))
+
+    def hardened(self, soft: _Exponentials) -> _Exponentials:
+        """The exponentials at temperature 1, from the block's at T."""
+        powers = self._memory("hard", soft.powers.shape)
+        if self.temperature == 2:
+            torch.mul(soft.powers, soft.powers, out=powers)
+        else:
+            torch.mul(soft.logits, self.temperature, out=powers).exp_()
+        return _Exponentials(soft.logits, powers, powers.sum(1, keepdim=True))
+
+    def _memory(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Fresh memory of a block's size would be asked of the system, which costs as much as several passes."""
+        size = math.prod(shape)
+        if name not in self.memory or len(self.memory[name]) < size:
+            self.memory[name] = self.native.new_empty(size)
+        return self.memory[name][:size].view(shape)
+
+
+def _weigh(target: Tensor, pixels: Tensor, class_weights: Tensor | None) -> Tensor:
+    """The map `pixels` [B, 1, H, W] times the weight of each pixel's class."""
+    if class_weights is None:
+        return pixels
+    return pixels.mul_(class_weights.to(pixels).index_select(0, target.flatten()).view_as(pixels))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten()).double()
 
 
 def _cross_entropy(
-    answers: _Answers,
+    hard: _Exponentials,
+    temperature: float,
     target: Tensor,
-    pixels: Tensor,
-    labelled: Tensor,
+    true: Tensor,
+    mass: Tensor,
+    counted: Tensor,
     spread: Tensor | None,
-    settings: _Settings,
 ) -> Tensor:
-    """The block's weighted sum, float64; hands `ce_weight` times its gradient to `answers`.
+    """The block's weighted sum, float64.
 
     Args:
-        target, pixels, labelled: [B, 1, R, W], what each pixel is, weighs, and whether it counts.
-        spread: [C], with label smoothing: every class's share of the target.
+        temperature: T, by which the logits were divided.
+        target, true, mass, counted: [B, 1, R, W], what each pixel is, what its true class weighs and what all of
+            its classes, and whether it counts.
+        spread: [C], with label smoothing: what every class of a pixel weighs.
     """
-    log_probabilities = answers.at(1.0)
-    if 1.0 not in answers.upstream:
-        answers.upstream[1.0] = torch.zeros_like(log_probabilities)
-    upstream = answers.upstream[1.0]
-    pixels = pixels * (1 - settings.label_smoothing)
-    value = -(pixels * log_probabilities.gather(1, target)).sum().double()
+    value = _dot(mass, hard.totals.log()) - temperature * _dot(true, hard.logits.gather(1, target))
     if spread is not None:
-        share = spread.view(1, -1, 1, 1) * labelled
-        value -= (share * log_probabilities).sum().double()
-        upstream.sub_(share, alpha=settings.ce_weight)
-    upstream.scatter_add_(1, target, pixels.mul_(-settings.ce_weight))
+        value -= temperature * _dot((hard.logits * spread.view(-1, 1, 1)).sum(1, keepdim=True), counted)
     return value
 
 
-def _distillation(answers: _Answers, soft: Tensor, pixels: Tensor, settings: _Settings) -> Tensor:
-    """The block's weighted sum of T² KL, from the teacher's log-probabilities `soft`; likewise, and first."""
-    log_probabilities = answers.at(settings.temperature)
-    upstream = soft.exp().mul_(pixels * (-settings.kl_weight * settings.temperature**2))
-    answers.upstream[settings.temperature] = upstream
-    difference = soft.sub_(log_probabilities)
-    return torch.dot(difference.flatten(), upstream.flatten()).double() / -settings.kl_weight
+def _distillation(ours: _Exponentials, theirs: _Exponentials, pixels: Tensor) -> Tensor:
+    """The block's sum, float64, of KL(teacher || student) times `pixels` [B, 1, R, W].
+
+    Of the teacher `pixels` times its softmax remains, as powers, and its logits are used up.
+    """
+    theirs.powers.mul_(pixels / theirs.totals)
+    difference = theirs.logits.sub_(ours.logits)
+    return _dot(theirs.powers, difference) + _dot(pixels, (ours.totals / theirs.totals).log_())

@@ -99,6 +99,7 @@ def test_equal_sizes_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError("interpolated")
 
     monkeypatch.setattr(blocks.F, "interpolate", forbidden)
+    monkeypatch.setattr(blocks.F, "linear", forbidden)
     ours, theirs, labels = logits_and_labels((4, 6), (4, 6))
     assert_same(blocked_sum(squares, ours, theirs, [labels]), squares(ours, theirs, labels), ours)
     smaller, _, labels = logits_and_labels((4, 6), (8, 6))

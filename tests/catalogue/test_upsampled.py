@@ -124,6 +124,23 @@ def test_upsampled_in_half_precision_is_exact_in_float32() -> None:
     torch.testing.assert_close(found.float(), gradient, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("height", [30.0, 63.0, 2000.0])
+def test_neighbours_that_do_not_agree(height: float, temperature: float) -> None:
+    """Between positions of different classes all logits are far below the highest one of either."""
+    high = torch.arange(24).view(4, 6) % 5
+    student = torch.stack([torch.where(high == c, 0.0, -height + c) for c in range(5)])[None].requires_grad_()
+    teacher = student.detach().flip(1)
+    labels = high.repeat_interleave(4, 0).repeat_interleave(4, 1)[None]
+    options = {"kl_weight": 0.5, "temperature": temperature, "label_smoothing": 0.1}
+    loss, _ = upsampled_loss(student, labels, teacher, **options)
+    exact = student.detach().double().requires_grad_()
+    expected = eager(exact, labels, teacher.double(), **options)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    (found,), (gradient,) = torch.autograd.grad(loss, student), torch.autograd.grad(expected, exact)
+    assert float((found - gradient).abs().max()) <= 2e-6 * float(gradient.abs().max())
+
+
 def test_many_pixels_are_added_up_precisely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of blocks added one after the other in float32 would lose digits."""
     monkeypatch.setitem(blocks.BLOCK_ELEMENTS, "cpu", 1)
