@@ -157,7 +157,6 @@ class CriticLearner(nn.Module):
     """
 
     name = "critic"
-    tells = None
 
     def __init__(self, term: Holistic, config: HolisticConfig, total_steps: int) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ from losses.logits import (
     CWD,
     DIST,
     DKD,
+    KD,
     WSL,
     BPKDConfig,
     CWDConfig,
@@ -35,7 +36,6 @@ from losses.logits import (
     KDConfig,
     LogitStd,
     LogitStdConfig,
-    SoftTerm,
     WSLConfig,
 )
 from losses.relations import (
@@ -75,7 +75,7 @@ from losses.term import (
     deepest_first,
     pair_taps,
 )
-from losses.upsampled import upsampled_loss
+from losses.upsampled import native_divergence, upsampled_loss
 
 
 @dataclass
@@ -149,7 +149,7 @@ class LossConfig:
 
 TERMS: dict[type[TermConfig], Callable[[Any, Context], Term]] = {
     CrossEntropyConfig: Supervised,  # these two are made together, by `upsampled_loss`
-    KDConfig: SoftTerm,
+    KDConfig: KD,
     FocalConfig: Focal,
     DiceConfig: Dice,
     LovaszConfig: Lovasz,
@@ -274,6 +274,15 @@ class DistillationLoss(nn.Module):
         """Whether a term in force at `step` (from 0) compares with a teacher; else forward takes None for it."""
         return self.taught and any(term.taught for term in self._in_force(step))
 
+    @property
+    def needs_true_logits(self) -> list[str]:
+        """The terms that compare a teacher's logits across positions, or with a constant, by name.
+
+        A softmax over the classes does not see a number that is taken off all logits of a position, and most terms
+        begin with one; these change.
+        """
+        return [name for name, term in self.terms.items() if term.true_logits]
+
     def _in_force(self, step: int) -> list[Term]:
         factors = {name: config.factor(step, self.total_steps) for name, config in self.configs.items()}
         return [term for name, term in self.terms.items() if factors[name]]  # type: ignore[misc]
@@ -343,25 +352,45 @@ class DistillationLoss(nn.Module):
         factors: dict[str, float],
         shares: dict[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy and KD in one pass over the upsampled logits; a zero that touches them if none is on."""
+        """Cross-entropy and KD in one pass over the upsampled logits; a zero that touches them if none is on.
+
+        KD at the student's own positions is a pass of its own.
+        """
         ce, kd = factors.get("cross_entropy", 0.0), factors.get("kd", 0.0)
         if not ce and not kd:
             return student.logits.sum(dtype=torch.float32) * 0.0, {}
-        loss, made = upsampled_loss(
-            student.logits,
-            labels,
-            teacher.logits if kd and teacher is not None else None,
-            ce_weight=ce,
-            kl_weight=kd,
-            temperature=self.terms["kd"].temperature if kd else 1.0,  # type: ignore[arg-type]
-            class_weights=self.terms["cross_entropy"].class_weights if ce else None,  # type: ignore[arg-type]
-            label_smoothing=self.config.cross_entropy.label_smoothing if self.config.cross_entropy else 0.0,
-            ce_denominator=shares.get("cross_entropy"),
-            kl_denominator=shares.get("kd"),
-            kl_class_weights=self.terms["kd"].class_weights if kd else None,  # type: ignore[arg-type]
-        )
-        names = {"cross_entropy": "ce", "kd": "kl"}
-        return loss, {name: made[key] for name, key in names.items() if factors.get(name)}
+        taught = teacher.logits if kd and teacher is not None else None
+        temperature: Any = self.terms["kd"].temperature if kd else 1.0
+        kl_class_weights: Any = self.terms["kd"].class_weights if kd else None
+        loss, values = student.logits.new_zeros((), dtype=torch.float32), {}
+        if taught is not None and self.terms["kd"].at == "logits":
+            loss, values["kd"] = native_divergence(
+                student.logits,
+                labels,
+                taught,
+                weight=kd,
+                temperature=temperature,
+                class_weights=kl_class_weights,
+                denominator=shares.get("kd"),
+            )
+            kd, taught = 0.0, None
+        if ce or kd:
+            exact, made = upsampled_loss(
+                student.logits,
+                labels,
+                taught,
+                ce_weight=ce,
+                kl_weight=kd,
+                temperature=temperature,
+                class_weights=self.terms["cross_entropy"].class_weights if ce else None,  # type: ignore[arg-type]
+                label_smoothing=self.config.cross_entropy.label_smoothing if self.config.cross_entropy else 0.0,
+                ce_denominator=shares.get("cross_entropy"),
+                kl_denominator=shares.get("kd"),
+                kl_class_weights=kl_class_weights,
+            )
+            loss = loss + exact
+            values |= {name: made[key] for name, key, on in (("cross_entropy", "ce", ce), ("kd", "kl", kd)) if on}
+        return loss, values
 
     def describe(self) -> list[str]:
         """One line a term: weight, window, taps, adapters' parameters."""

@@ -229,7 +229,6 @@ class Reconstruction(nn.Module):
     """
 
     name = "autoencoder"
-    tells = None
 
     def __init__(self, latents: Latents, teacher: Callable[..., ModelOutput]) -> None:
         super().__init__()

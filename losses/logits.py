@@ -7,7 +7,7 @@ Dimension letters: B images, C classes, R label rows of a block, W label columns
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,10 @@ def _check_factors(config: TermConfig, *keys: str) -> None:
 
 @dataclass
 class KDConfig(SoftTermConfig):
-    """Knowledge distillation of logits (Hinton et al. 2015), per pixel, at label size."""
+    """Knowledge distillation of logits (Hinton et al. 2015), per pixel."""
+
+    at: Literal["labels", "logits"] = "labels"
+    """Compare at every label pixel, or at the student's own positions: an approximation, almost free."""
 
 
 @dataclass
@@ -576,6 +579,17 @@ class SoftTerm(PixelTerm):
         self.temperature = config.temperature
 
 
+class KD(SoftTerm):
+    """KD as `upsampled_loss` and `native_divergence` make it; the objective calls them."""
+
+    def __init__(self, config: KDConfig, context: Context) -> None:
+        super().__init__(config, context)
+        self.at = config.at
+
+    def note(self) -> str:
+        return "at the logits' positions" if self.at == "logits" else ""
+
+
 class WSL(SoftTerm):
     """`wsl` of the labelled pixels."""
 
@@ -627,6 +641,7 @@ class DIST(ImageTerm):
 class BPKD(ImageTerm):
     """`bpkd` over the labelled pixels of each image; edges and bodies have their own denominators in each."""
 
+    true_logits = True  # bodies by a softmax over space, edges with zeros in place of logits
     class_weights: Tensor | None
 
     def __init__(self, config: BPKDConfig, context: Context) -> None:
@@ -666,7 +681,7 @@ class CWD(Term):
             nn.Conv2d(context.student[s].channels, teacher[t].channels, kernel_size=1, bias=False)
             for s, t in self.pairs
         )
-        self.logits = len(features) < len(config.taps)
+        self.logits = self.true_logits = len(features) < len(config.taps)
         self.labelled_only, self.temperature = config.labelled_only, config.temperature
 
     def forward(

@@ -204,6 +204,7 @@ class Term(nn.Module):
     student_taps: Sequence[str] = ()
     teacher_taps: Sequence[str] = ()
     taught = True  # it compares with a teacher; where no term in force does, none is asked
+    true_logits = False  # less a number of each position's own, the teacher's logits would give another value
     wants_images = False
 
     def count(self, labels: Tensor) -> Tensor:

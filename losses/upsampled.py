@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from losses.blocks import Rows, keep_gradient, label_weight, rows_a_block, safe, scale_gradient
-from losses.term import full_precision
+from losses.term import full_precision, resize
 
 # The Triton kernel is off until it is asked for: it was checked against the blocks in Triton's interpreter alone.
 TRITON = os.environ.get("SEGDISTILL_TRITON") == "1"
@@ -84,6 +84,67 @@ def upsampled_loss(
             settings,
         )
     return loss, {"ce": ce, "kl": kl}
+
+
+def native_divergence(
+    student_logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    *,
+    weight: float = 1.0,
+    temperature: float = 1.0,
+    class_weights: Tensor | None = None,
+    ignore_index: int = 255,
+    denominator: Tensor | float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`weight` times the KL of `upsampled_loss` at the student's own positions: an approximation, almost free.
+
+        KL = T² * (H W / h w) * sum v[y] * KL(softmax(t / T) || softmax(s / T)) / sum v[y]
+
+    The first sum is over the native positions, y the label nearest to each; the second over all pixels of the
+    labels, so that parts of a batch add up to it. The teacher's logits are brought to the student's size, by area
+    where they are larger. Between positions that do not agree, where logits at label size are between the two,
+    nothing is compared.
+
+    Much code that distils segmenters compares there: `CriterionPixelWise` of Liu et al. 2019 (structured
+    knowledge distillation) and, with T², `CriterionKD` of Yang et al. 2022 (CIRKD). Both let positions without a
+    label count, and the former sums over the batch and gives a cross-entropy in place of a divergence.
+
+    Args:
+        student_logits: [B, C, h, w] at any stride.
+        labels: int64 [B, H, W]; a position whose nearest label is `ignore_index` is left out.
+        teacher_logits: [B, C, h', w'] at any stride; no gradient reaches them.
+        class_weights: [C], v.
+        denominator: in place of the sum of weights in these labels, that of the whole batch.
+
+    Returns:
+        The loss, at least float32, and the term, unweighted and detached. Differentiable once.
+    """
+    size = (student_logits.shape[-2], student_logits.shape[-1])
+    if denominator is None:
+        denominator = label_weight(labels, class_weights, ignore_index)
+    covered = labels.shape[-2] * labels.shape[-1] / (size[0] * size[1])
+    loss, made = upsampled_loss(
+        student_logits,
+        _nearest(labels, size),
+        resize(full_precision(teacher_logits.detach()), size),
+        ce_weight=0.0,
+        kl_weight=weight,
+        temperature=temperature,
+        kl_class_weights=class_weights,
+        ignore_index=ignore_index,
+        ce_denominator=1.0,
+        kl_denominator=denominator / covered,
+    )
+    return loss, made["kl"]
+
+
+def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Of labels [B, H, W] those at the centres of h×w equal cells: [B, h, w]."""
+    for axis, native in ((1, size[0]), (2, size[1])):
+        centres = (torch.arange(native, device=labels.device) + 0.5) * (labels.shape[axis] / native)
+        labels = labels.index_select(axis, centres.long())
+    return labels
 
 
 class _Settings(NamedTuple):

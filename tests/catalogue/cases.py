@@ -144,6 +144,7 @@ CASES: dict[str, Case] = {
     ),
     "kd": Case("kd", {"temperature": 2.0}),
     "kd, weighted": Case("kd", {"class_weights": "median"}),
+    "kd, at logits": Case("kd", {"at": "logits", "temperature": 2.0, "class_weights": "median"}),
     "cwd": Case("cwd"),
     "cwd, all positions": Case("cwd", {"labelled_only": False}, void=False),
     "cwd, features": Case("cwd", {"taps": ["logits", "a", "b"]}),

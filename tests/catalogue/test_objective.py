@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CLASSES, CONFIGS, STUDENT_TAPS, TEACHER_TAPS, WEIGHTS, answers
+from cases import CASES, CLASSES, CONFIGS, STUDENT_TAPS, TEACHER_TAPS, WEIGHTS, Answer, answers, objective
 from plain import eager
 
 import distill
@@ -45,6 +45,18 @@ def test_objective_is_the_weighted_sum() -> None:
     lines = total.describe()
     assert len(lines) == 4
     assert lines[3] == "affinity: weight 1, b to a"
+
+
+@pytest.mark.parametrize("variant", [name for name, case in CASES.items() if not case.supervised])
+def test_terms_that_need_true_logits_are_those_that_change_without(variant: str) -> None:
+    """A number of each position's own is taken off the teacher's logits, as a cache in uint8 does."""
+    made = objective(variant).double().eval()
+    student, teacher, labels = answers()
+    once, _ = made(student, teacher, labels)
+    less = Answer(teacher.logits - teacher.logits.amax(1, keepdim=True), teacher.features)
+    again, _ = made(student, less, labels)
+    same = abs(float((again - once).detach())) <= 1e-9 * abs(float(once.detach()))
+    assert made.needs_true_logits == ([] if same else [CASES[variant].name])
 
 
 def test_terms_are_described_in_steps() -> None:

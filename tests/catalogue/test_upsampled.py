@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import VOID, WEIGHTS
+import torch.nn.functional as F
+from cases import CLASSES, VOID, WEIGHTS, Answer
 from plain import eager, logits_and_labels
 from torch import Tensor
 
-from losses import blocks
-from losses.upsampled import upsampled_loss
+from losses import DistillationLoss, LossConfig, blocks
+from losses.logits import KDConfig
+from losses.upsampled import native_divergence, upsampled_loss
 
 
 def assert_same_as_eager(ours: Tensor, theirs: Tensor, labels: Tensor, **options: Any) -> None:
@@ -122,6 +124,45 @@ def test_upsampled_in_half_precision_is_exact_in_float32() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     (found,), (gradient,) = torch.autograd.grad(loss, half), torch.autograd.grad(expected, single)
     torch.testing.assert_close(found.float(), gradient, rtol=2**-8, atol=1e-6)
+
+
+def test_divergence_at_native_positions() -> None:
+    """Each position has the label at its centre, and counts for the label pixels that it covers."""
+    ours, theirs, labels = logits_and_labels((4, 5), (16, 15), (8, 10))
+    v = torch.where(labels == VOID, 0, WEIGHTS.double()[labels % VOID])
+    pooled = F.avg_pool2d(theirs, 2)
+    pixels = F.kl_div(F.log_softmax(ours / 3, 1), F.softmax(pooled / 3, 1), reduction="none").sum(1)
+    expected = 9 * 12 * (v[:, 2::4, 1::3] * pixels).sum() / v.sum()
+    loss, value = native_divergence(ours, labels, theirs, weight=0.5, temperature=3.0, class_weights=WEIGHTS)
+    torch.testing.assert_close(value, expected.detach())
+    torch.testing.assert_close(loss, 0.5 * expected)
+    (found,), (gradient,) = torch.autograd.grad(loss, ours), torch.autograd.grad(0.5 * expected, ours)
+    torch.testing.assert_close(found, gradient)
+
+
+def test_divergence_at_native_positions_in_the_objective() -> None:
+    """Tiled images, parts of a batch and a batch of void change nothing there either."""
+    ours, theirs, labels = logits_and_labels((3, 4), (12, 16), batch=3)
+    labels[0, 2:] = VOID
+    config = LossConfig(kd=KDConfig(weight=0.7, temperature=2.0, at="logits"))
+    term = DistillationLoss(config, {}, {}, classes=CLASSES)
+    assert term.describe()[1] == "kd: weight 0.7, at the logits' positions"
+    loss, values = term(Answer(ours), Answer(theirs), labels)
+    torch.testing.assert_close(loss, values["cross_entropy"] + 0.7 * values["kd"])
+    torch.testing.assert_close(values["cross_entropy"], eager(ours, labels).detach())
+    torch.testing.assert_close(values["kd"], native_divergence(ours, labels, theirs, temperature=2.0)[1])
+    shares = term.counts(labels)
+    parts = [
+        term(Answer(ours[i : i + 1]), Answer(theirs[i : i + 1]), labels[i : i + 1], denominators=shares)[0]
+        for i in range(3)
+    ]
+    torch.testing.assert_close(sum(parts), loss)
+    tiled = [x.repeat(1, 1, 2, 3) for x in (ours, theirs)]
+    repeated = native_divergence(tiled[0], labels.repeat(1, 2, 3), tiled[1], temperature=2.0)[1]
+    torch.testing.assert_close(repeated, values["kd"])
+    nothing, _ = term(Answer(ours), Answer(theirs), torch.full_like(labels, VOID))
+    assert nothing == 0
+    assert not torch.autograd.grad(nothing, ours)[0].any()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
