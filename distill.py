@@ -15,19 +15,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from data import DataConfig, SegmentationData, build_dataset
 from deploy.quantize import quantize_int8
 from engine.cache import CachedTeacher, open_cache
 from engine.config import run_script
-from engine.loop import evaluate, fit, summarise
+from engine.loop import add_up, evaluate, fit, summarise
 from engine.player import Learner, TrainConfig
 from engine.run import Run, on_main_process, start_chain, start_run
 from engine.stage import load_weights, train_stage
 from engine.teachers import LiveTeacher, OwnTeacher, PeerTeacher, Teacher, TeacherConfig, own_autocast
 from engine.tracking import TrackingConfig
-from errors import ConfigurationError
+from errors import ConfigurationError, Terminated
 from evaluation.metrics import chance_miou
 from losses import DistillationLoss, LossConfig
 from losses.latent import Latents, Reconstruction
@@ -43,6 +44,8 @@ from models import (
     load_model,
     map_classes,
 )
+
+Objective = Callable[[LossConfig, SegmentationModel, SegmentationModel], DistillationLoss]  # of pupil and teacher
 
 
 @dataclass
@@ -103,11 +106,15 @@ class Config:
     def __post_init__(self) -> None:
         if self.generations < 1:
             raise ConfigurationError(f"generations: {self.generations} is too few; give 1 or more")
-        chain = bool(self.assistants) or self.generations > 1
+        chain = "assistants" if self.assistants else "generations" if self.generations > 1 else ""
         if chain and (self.mode == "online" or self.teacher.own):
-            raise ConfigurationError("assistants: a chain needs mode=offline and a teacher; leave one of them out")
+            raise ConfigurationError(f"{chain}: a chain needs mode=offline and a teacher; leave one of them out")
+        if chain and self.losses.autoencoder.file:
+            raise ConfigurationError(
+                f"losses.autoencoder.file: is of one teacher, and {chain} has several; leave one of them out"
+            )
         if self.mode == "online":
-            known = ("run", "hub", "classes", "absent", "accept_near_chance", "averaging")
+            known = ("run", "hub", "classes", "absent", "averaging")
             self.teacher.only(*known, where="mode=online")
         if self.teacher.source == "average" and not self.train.ema:
             raise ConfigurationError("train.ema: teacher.source=average is the average of weights; give say 0.99")
@@ -163,23 +170,44 @@ def distil(config: Config, more: bool = False) -> None:
             learners = learn_together(run, config, student, train, objective)
         elif config.teacher.own:
             goal = objective(config.losses, student, student)
+            need_a_taught_term(goal, f"teacher.source={config.teacher.source}")
             need_no_latents(goal, f"teacher.source={config.teacher.source}")
             run.describe({"student": student}, {"loss": goal}, train)
             learners = [Learner(student, goal, OwnTeacher(run.accelerator.autocast, config.teacher))]
         else:
-            models = load_teachers(run, config, train.labels.names)
-            goal = objective(config.losses, student, models[0])
-            weights = "+".join(fingerprint(model) for model in models)
-            source = ", ".join([config.teacher.run or config.teacher.hub, *config.teacher.runs])
-            run.describe({"student": student, f"teacher, {source}": models[0]}, {"loss": goal}, train, weights)
-            taken = take_latents(run, goal.latents, config, weights)
-            live = make_live(run, config, models, train)
-            announce(run, live, val, config.teacher)
-            teacher = make_cached(run, config, live, weights, goal) if config.teacher.source == "cache" else live
-            if not taken:
-                train_latents(run, goal.latents, train, config, teacher)
-            learners = [Learner(student, goal, teacher)]
+            learners = [learn_from_frozen(run, config, student, train, val, objective)]
         run.finish(fit(run, learners, train, val, config.train, workers=config.data.workers))
+        ended = add_up(run.accelerator, torch.tensor([float(run.terminated)], device=run.accelerator.device))
+        if more and ended > 0:
+            raise Terminated(
+                f"{run.folder}: finished, stopped by SIGTERM before the next link; go on with resume=true"
+            )
+
+
+def learn_from_frozen(
+    run: Run,
+    config: Config,
+    student: SegmentationModel,
+    train: SegmentationData,
+    val: SegmentationData,
+    objective: Objective,
+) -> Learner:
+    """The student of a teacher that is there before, live or in a cache."""
+    models = load_teachers(run, config, train.labels.names)
+    goal = objective(config.losses, student, models[0])
+    weights = "+".join(fingerprint(model) for model in models)
+    sources = [config.teacher.run or config.teacher.hub, *config.teacher.runs]
+    numbers = [""] if len(models) == 1 else [f" {number}" for number in range(1, len(models) + 1)]
+    called = [f"teacher{number}, {source}" for number, source in zip(numbers, sources, strict=True)]
+    run.describe({"student": student, **dict(zip(called, models, strict=True))}, {"loss": goal}, train, weights)
+    taken = take_latents(run, goal.latents, config, weights)
+    live = make_live(run, config, models, train)
+    announce(run, live, val, config.teacher)
+    cached = make_cached(run, config, live, weights, goal) if config.teacher.source == "cache" else None
+    if not taken:
+        stage_teacher = cached or (lambda batch, taps: live.answer(batch.images, taps))
+        train_latents(run, goal.latents, train, config, stage_teacher)
+    return Learner(student, goal, cached or live)
 
 
 def learn_together(
@@ -187,7 +215,7 @@ def learn_together(
     config: Config,
     student: SegmentationModel,
     train: SegmentationData,
-    objective: Callable[[LossConfig, SegmentationModel, SegmentationModel], DistillationLoss],
+    objective: Objective,
 ) -> list[Learner]:
     """The student and those who learn beside it, each with its objective, its teacher and its turn."""
     online, names = config.online, train.labels.names
@@ -204,10 +232,18 @@ def learn_together(
     called = ["teacher"] if len(fellows) == 1 else [f"fellow{number}" for number in range(1, len(fellows) + 1)]
     goal = objective(config.losses, student, fellows[0])
     goals = [objective(online.losses, fellow, student) for fellow in fellows]
+    need_a_taught_term(goal, "mode=online")
     for one in (goal, *goals):
         need_no_latents(one, "mode=online")
 
+    steps = config.train.total_steps(train)
     length = {"none": 0, "step": 1, "epoch": train.steps_per_epoch(config.train.batch_size)}[online.alternate]
+
+    if steps < length * (len(fellows) + 1):
+        raise ConfigurationError(
+            f"online.alternate: {steps} steps are too few for a turn of each at {length} steps a turn; "
+            "raise train.steps, or give alternate=step"
+        )
 
     def turn(number: int) -> Callable[[int], bool] | None:
         return (lambda step: step // length % (len(fellows) + 1) == number) if length else None
@@ -235,6 +271,12 @@ def learn_together(
         begun_with,
     )
     return learners
+
+
+def need_a_taught_term(objective: DistillationLoss, where: str) -> None:
+    """Raises ConfigurationError if no term compares with a teacher."""
+    if not any(term.taught for term in objective.terms.values()):
+        raise ConfigurationError(f"losses: with {where}, and none compares with a teacher; add say losses.kd={{}}")
 
 
 def need_no_latents(objective: DistillationLoss, where: str) -> None:

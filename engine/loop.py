@@ -59,10 +59,14 @@ def fit(
     """
     accelerator = run.accelerator
     total = config.total_steps(train)
-    opponents = [opponent for learner in learners for opponent in learner.objective.make_opponents()]
     students = [Player(learner, replace(config, **learner.options), accelerator) for learner in learners]
-    critics = [Player(learner, replace(config, **learner.options), accelerator) for learner in opponents]
-    players, in_turn = [*students, *critics], [*students[1:], students[0], *critics]
+    critics: list[tuple[Player, Learner]] = []  # each with whom it judges
+    for learner in learners:
+        for opponent in learner.objective.make_opponents():
+            opponent.name = f"{learner.name}.{opponent.name}" if learner.name else opponent.name
+            critics.append((Player(opponent, replace(config, **opponent.options), accelerator), learner))
+    players = [*students, *(critic for critic, _ in critics)]
+    in_turn = [*((player, player.learner) for player in [*students[1:], students[0]]), *critics]
     progress = Progress()
     restore(run, players, progress)
     stream = batches(run, train, config, progress.step, workers)
@@ -74,8 +78,8 @@ def fit(
             step, terminated = progress.step, False
             parts = next(stream)
             values: dict[str, float] = {}
-            for player in in_turn:
-                if player.learner.active(step):
+            for player, owner in in_turn:
+                if owner.active(step) and player.learner.active(step):
                     theirs, stop = train_step(run, player, parts, step, total)
                     prefix = f"{player.learner.name}." if player.learner.name else ""
                     values |= {f"{prefix}{name}": value for name, value in theirs.items()}
@@ -94,6 +98,8 @@ def fit(
                 loss = averages.get("loss", next(iter(averages.values())))
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} images/s")
             if step == total or (config.evaluate_every and step % config.evaluate_every == 0):
+                for learner in learners:
+                    learner.forget()
                 scored = judge(run, students, val, workers, progress, epoch)
                 if run.is_main:
                     bar.write(f"step {step}: {shown(scored)}")
@@ -191,7 +197,8 @@ def train_step(
     player.wrapped.train()
     seen = at_resolution(parts, resolution(step, total, config))
     wanted = learner.wanted(step)
-    learner.said = []
+    if isinstance(learner, Learner):
+        learner.forget()
 
     counts = torch.stack([learner.counts(part.labels) for part in seen]).sum(0)
     stop = counts.new_full((1,), float(run.terminated))
@@ -207,14 +214,14 @@ def train_step(
             answer = None if wanted is None else learner.teacher(part, wanted)
             loss, values = player.wrapped(seen[i].images, seen[i].labels, answer, step, denominators)
             accelerator.backward(loss * accelerator.num_processes)
-        if learner.tells is not None:
+        if isinstance(learner, Learner) and learner.latest is not None:
             learner.said.append((part, learner.latest))
         for name, value in {"loss": loss.detach(), **values}.items():
             sums[name] = sums.get(name, torch.zeros_like(counts[0])) + value.double()
     added = add_up(accelerator, torch.stack(list(sums.values())))
     parameters = [p for group in player.optimizer.param_groups for p in group["params"]]
     clipped = accelerator.clip_grad_norm_(parameters, config.clip or math.inf)
-    # The one moment of a step at which the host waits for a GPU.
+    # The one moment of a learner's step at which the host waits for a GPU.
     *values_added, norm, stops = torch.cat([added, clipped.reshape(1).to(added), shared[-1:]]).tolist()
     logged, terminated = dict(zip(sums, values_added, strict=True)), stops > 0
     scaled = accelerator.scaler is not None  # fp16's scaler skips overflowing gradients by itself
@@ -263,9 +270,9 @@ def add_up(accelerator: Accelerator, values: Tensor) -> Tensor:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch (a named tuple of tensors) on the device, its images channels-last."""
-    moved = type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
-    return moved._replace(images=moved.images.contiguous(memory_format=torch.channels_last))
+    """A batch with images, channels-last, and labels on the device; a cache reads the rest on the host."""
+    images, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.labels))
+    return batch._replace(images=images.contiguous(memory_format=torch.channels_last), labels=labels)
 
 
 @torch.no_grad()

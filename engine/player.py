@@ -39,7 +39,7 @@ class TrainConfig:
     """Weight decay of convolutions; biases and normalisation have none."""
     resolution: list[float] = field(default_factory=lambda: [1.0])
     """Sizes of the training images as factors, each for an equal share of training: [0.5, 1.0] begins with small
-    ones. The teacher sees them at their full size."""
+    ones. A frozen teacher sees them at their full size."""
     schedule: Literal["poly", "cosine"] = "poly"
     """Decay of the learning rate: (1 - progress)^power, or half a cosine."""
     power: float = 0.9
@@ -118,6 +118,11 @@ class Learner(nn.Module):
         self.teacher, self.name, self.options, self.turn = teacher, name, dict(options or {}), turn
         self.memories = [f"objective.{name}" for name in objective.memories]
         self.tells: Sequence[str] | None = None  # the taps that fellows listen to; None: nobody listens
+        self.forget()
+
+    def forget(self) -> None:
+        """Lets go of what it said."""
+        self.latest: Answer | None = None
         self.said: list[tuple[Any, Answer]] = []  # the parts of its last step and what it said of them
 
     def wanted(self, step: int) -> Sequence[str] | None:

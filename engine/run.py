@@ -26,7 +26,16 @@ from engine.tracking import Metrics, TrackingConfig, WandbMirror, system_values,
 from errors import ConfigurationError, DamagedFileError, UserError
 
 # Keys that may change when a run goes on: they don't change its numbers.
-FREE_KEYS = ("run_dir", "resume", "tracking.", "data.workers", "data.root", "train.checkpoint_every", "train.keep")
+FREE_KEYS = (
+    "run_dir",
+    "resume",
+    "tracking.",
+    "data.workers",
+    "data.root",
+    "train.checkpoint_every",
+    "train.keep",
+    "teacher.cache.folder",
+)
 # What a run leaves that ended before its first step, over a wrong path say: it may simply be started again.
 BEFORE_FIRST_STEP = ("config.yaml", "environment.json", "wandb")
 PACKAGES = ("torch", "accelerate", "transformers", "numpy", "opencv-python-headless", "omegaconf", "wandb")

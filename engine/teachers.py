@@ -1,6 +1,8 @@
 """Where a teacher's answers come from: frozen models beside the training, the learner itself, or its fellows."""
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -70,7 +72,8 @@ class TeacherConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     """The cache of `source=cache`."""
     size: list[int] | None = None
-    """[height, width] at which the teacher of a cache sees the images; null: data.size, as the student."""
+    """[height, width] at which the teacher of a cache sees the images; null: data.size, as the student, at which
+    its score is announced in any case."""
     scales: list[float] = field(default_factory=lambda: [1.0])
     """The teacher sees the images enlarged by this factor; its answers to several are averaged."""
     flip: bool = False
@@ -141,6 +144,9 @@ class LiveTeacher:
             self.models.append(model.eval().requires_grad_(False))
         self.autocast, self.config = autocast, config
         if config.compile:
+            compilers = (os.environ.get("CXX") or "g++", "clang++")
+            if device.type == "cpu" and not any(shutil.which(compiler) for compiler in compilers):
+                raise ConfigurationError("teacher.compile: needs a C++ compiler; install g++, or leave it out")
             self.models = [torch.compile(model) for model in self.models]
         if config.stream and device.type != "cuda":
             raise ConfigurationError("teacher.stream: needs a CUDA GPU and there is none; leave it out")

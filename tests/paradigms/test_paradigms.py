@@ -147,6 +147,15 @@ def test_turns(forks: Forks, tmp_path: Path, alternate: str, length: int) -> Non
         assert {"miou", "best_miou", "entropy", "ece", "class_correlation"} <= figures.keys()
 
 
+def test_critics_by_turns(forks: Forks, tmp_path: Path) -> None:
+    """Each learner has a critic of its own, which learns when its learner does."""
+    run = tmp_path / "run"
+    critics = ["losses.holistic={}", "online.losses.holistic={}", "online.alternate=step"]
+    distil(forks, f"run_dir={run}", *STUDENT, *ONLINE, *critics)
+    for step, line in enumerate(train_lines(run)):
+        assert ("teacher.critic.loss" in line, "critic.loss" in line) == (step % 2 == 0, step % 2 == 1)
+
+
 def test_a_fellow_is_a_run_too(forks: Forks, tmp_path: Path) -> None:
     """Its weights are evaluated and taught from like those of any run; its score is the one that was logged."""
     run = tmp_path / "run"
@@ -198,7 +207,10 @@ def test_a_chain_is_resumed_as_a_whole(forks: Forks, teacher: Path, tmp_path: Pa
     ("settings", "said"),
     [
         (["mode=online", "teacher.flip=true"], "teacher.flip: does nothing with mode=online"),
-        (["mode=online", "generations=2"], "assistants: a chain needs mode=offline"),
+        (["mode=online", "generations=2"], "generations: a chain needs mode=offline"),
+        (["generations=2", "losses.autoencoder.file=x"], "losses.autoencoder.file: is of one teacher"),
+        (["teacher.source=itself", "losses.kd=null"], "losses: with teacher.source=itself, and none compares"),
+        (["mode=online", "online.alternate=epoch", "train.steps=5"], "online.alternate: 5 steps are too few"),
         (["mode=online", "losses.kta={}"], "losses.kta: mode=online has no frozen teacher"),
         (["teacher.source=average"], "train.ema: teacher.source=average is the average of weights"),
         (
