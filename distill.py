@@ -328,6 +328,11 @@ def make_cached(
 ) -> CachedTeacher:
     """The cache of the teacher's answers to the whole training images, filled as far as it is not."""
     said, data = config.teacher, config.data
+    if said.cache.storage == "uint8" and objective.needs_true_logits:
+        raise ConfigurationError(
+            f"losses.{objective.needs_true_logits[0]}: compares logits across positions, and uint8 keeps of each "
+            "pixel's only how far they are below the highest; give teacher.cache.storage=float16"
+        )
     whole = build_dataset(replace(data, size=said.size or data.size), "train")
     folder = Path(said.cache.folder or Path(said.run or f"runs/cache/{said.hub.replace('/', '--')}") / "cache")
     key = {

@@ -66,6 +66,8 @@ class Config:
     """Arithmetic of the steps, as in train.precision."""
     temperatures: list[float] = field(default_factory=lambda: [1.0, 2.0])
     """Temperatures of the distillation."""
+    at: list[str] = field(default_factory=lambda: ["labels", "logits"])
+    """Where the distillation compares, as in losses.kd.at; the live teacher at the first of these alone."""
     rounds: int = 31
     """Timed rounds."""
     warmup: int = 3
@@ -176,8 +178,11 @@ def time_steps(
 
     parts = {"plain": steps(None, None)}
     for temperature in config.temperatures:
-        parts[f"cached, T = {temperature:g}"] = steps(KDConfig(temperature=temperature), cached)
-        parts[f"live, T = {temperature:g}"] = steps(KDConfig(temperature=temperature), live)
+        for at in config.at:
+            kd = KDConfig(temperature=temperature, at=at)  # type: ignore[arg-type]
+            parts[f"cached, T = {temperature:g}, at {at}"] = steps(kd, cached)
+        kd = KDConfig(temperature=temperature, at=config.at[0])  # type: ignore[arg-type]
+        parts[f"live, T = {temperature:g}, at {config.at[0]}"] = steps(kd, live)
     answers = count()
     parts["cached answer alone"] = lambda: cached(batches[next(answers) % len(batches)], ())
     with tqdm(total=total, unit="round", dynamic_ncols=True) as bar:

@@ -217,12 +217,16 @@ def test_a_chain_is_resumed_as_a_whole(forks: Forks, teacher: Path, tmp_path: Pa
             ["teacher.source=itself", "losses.affinity={}"],
             "losses.kta: teacher.source=itself has no frozen teacher",
         ),
+        (["TEACHER", "teacher.source=cache", "losses.bpkd={}"], "losses.bpkd: compares logits across positions"),
         (["online.models=[]"], "online.models: empty"),
         (["mode=online", "online.models=[{widht: 3}]"], "online.models[0].widht: no such key"),
         (["generations=0"], "generations: 0 is too few"),
     ],
     ids=str,
 )
-def test_what_does_not_go_together(forks: Forks, tmp_path: Path, settings: list[str], said: str) -> None:
+def test_what_does_not_go_together(
+    forks: Forks, teacher: Path, tmp_path: Path, settings: list[str], said: str
+) -> None:
+    settings = [str(teacher) if setting == "TEACHER" else setting for setting in settings]
     text = distil(forks, f"run_dir={tmp_path / 'run'}", *STUDENT, *settings, code=2)
     assert f"error: {said}" in text
