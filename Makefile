@@ -94,7 +94,7 @@ camvid-focus: setup  ## which part of a UNet to teach, on real CamVid (after cam
 				run_dir=$(FOCUS)/$$name-$$seed seed=$$seed resume=true || exit; \
 		done; \
 	done
-	$(RUN) evaluate.py $(FOCUS)/*-[0-9] split=test pictures=3 out=results/camvid-focus
+	$(RUN) evaluate.py $(FOCUS)/*-[0-9] split=test pictures=3 calibration_every=3 out=results/camvid-focus
 
 camvid-online: setup  ## online against offline distillation on real CamVid, at equal time; half an hour
 	for seed in 0 1; do \
@@ -107,7 +107,7 @@ camvid-online: setup  ## online against offline distillation on real CamVid, at 
 				run_dir=$(ONLINE)/$$name-$$seed seed=$$seed resume=true || exit; \
 		done; \
 	done
-	$(RUN) evaluate.py $(ONLINE)/*-[0-9] split=test pictures=3 out=results/camvid-online
+	$(RUN) evaluate.py $(ONLINE)/*-[0-9] split=test pictures=3 calibration_every=3 out=results/camvid-online
 
 high-entropy: setup  ## four teachers, three of high entropy, and what each teaches, on real CamVid; an hour
 	for name in teacher label_smoothing confidence_penalty margin; do \
@@ -119,7 +119,7 @@ high-entropy: setup  ## four teachers, three of high entropy, and what each teac
 		done; \
 	done
 	$(RUN) evaluate.py $(ENTROPY)/teacher $(ENTROPY)/label_smoothing $(ENTROPY)/confidence_penalty \
-		$(ENTROPY)/margin $(ENTROPY)/student_of_*-[0-9] split=test pictures=3 out=results/high-entropy
+		$(ENTROPY)/margin $(ENTROPY)/student_of_*-[0-9] split=test pictures=3 calibration_every=3 out=results/high-entropy
 
 benchmarks: setup  ## time and memory of the parts that we wrote ourselves
 	$(RUN) benchmarks/losses.py
