@@ -93,6 +93,8 @@ camvid-focus: setup  ## which part of a UNet to teach, on real CamVid (after cam
 			$(RUN) distill.py $(RECIPE)/recipe.yaml configs/camvid_focus/student.yaml configs/camvid_focus/$$name.yaml \
 				run_dir=$(FOCUS)/$$name-$$seed seed=$$seed resume=true || exit; \
 		done; \
+		$(RUN) distill.py $(RECIPE)/recipe.yaml configs/camvid_focus/student.yaml configs/camvid_focus/logits.yaml \
+			teacher.source=live run_dir=$(FOCUS)/live-$$seed seed=$$seed resume=true || exit; \
 	done
 	$(RUN) evaluate.py $(FOCUS)/*-[0-9] split=test pictures=3 calibration_every=3 out=results/camvid-focus
 
