@@ -302,12 +302,16 @@ def load_teachers(run: Run, config: Config, names: tuple[str, ...]) -> list[Segm
         (first, "teacher.hub" if said.hub else "teacher.run"),
         *[(each, "teacher.runs") for each in said.runs],
     ]
-    models = []
-    for source, key in sources:
-        teacher = load_model(source, key)
-        teacher.take_images(config.data.mean, config.data.std)
-        models.append(map_classes(teacher, names, said.classes, said.absent))
-    return models
+    return [load_teacher(source, key, said, config.data, names) for source, key in sources]
+
+
+def load_teacher(
+    source: str | Path, key: str, config: TeacherConfig, data: DataConfig, names: tuple[str, ...]
+) -> SegmentationModel:
+    """The weights that stand in a run or a folder, which `key` names."""
+    teacher = load_model(source, key)
+    teacher.take_images(data.mean, data.std)
+    return map_classes(teacher, names, config.classes, config.absent)
 
 
 def make_live(run: Run, config: Config, models: list[SegmentationModel], train: SegmentationData) -> LiveTeacher:

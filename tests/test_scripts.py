@@ -235,7 +235,8 @@ CONFIGURATIONS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_the_repositorys_configurations_are_read(path: Path) -> None:
     given = yaml.safe_load(path.read_text())
-    script = distill if {"teacher", "student"} & given.keys() or path.parent.name == "focus" else train_teacher
+    its_own = {"teacher", "student", "assistants", "generations"} & given.keys()
+    script = distill if its_own or path.parent.name == "focus" else train_teacher
     config = parse(script.Config, [str(path)], runs=RUNS.get(script.__name__))
     if "run_dir" in given:
         assert config.run_dir == given["run_dir"]

@@ -90,7 +90,7 @@ def test_its_answers_are_those_of_transformers_in_our_order(trained: Path) -> No
 
     config = DataConfig(size=[32, 64], scenes=8)
     data = build_dataset(config, "val")
-    teacher = load_teacher(TeacherConfig(run=str(trained)), config, data.labels.names).eval()
+    teacher = load_teacher(trained, "teacher.run", TeacherConfig(), config, data.labels.names).eval()
     image, _ = data.read(0)
     own = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255 - colour(MEAN)) / colour(STD)
     network = SegformerForSemanticSegmentation.from_pretrained(trained).eval()
