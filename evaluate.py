@@ -161,9 +161,14 @@ def data_config(folder: Path, root: str) -> DataConfig:
 
 
 def method(folder: Path) -> str:
-    """What a run's configuration says besides seed, folder and tracking: equal for several seeds of one method."""
+    """What a run's configuration says besides seed, folder and tracking: equal for several seeds of one method.
+
+    A teacher of the same seed, runs/teacher-1 of seed 1, is no difference.
+    """
     saved = saved_config(folder)
     said = {key: value for key, value in saved.items() if key not in ("run_dir", "seed", "tracking")}
+    if "teacher" in said:
+        said["teacher"] |= {"run": said["teacher"]["run"].removesuffix(f"-{saved['seed']}")}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 

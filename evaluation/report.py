@@ -103,8 +103,10 @@ def seeds_table(results: Sequence[Result]) -> str:
 
 
 def method_name(runs: Sequence[str]) -> str:
-    """What the names of a method's runs begin with."""
-    return os.path.commonprefix(list(runs)).rstrip("-_./")
+    """What the names of a method's runs begin with; of fellows, RUN/teacher, with that."""
+    fellow = os.path.commonprefix([run[::-1] for run in runs])[::-1].rpartition("/")[2] if len(runs) > 1 else ""
+    start = os.path.commonprefix(list(runs)).rstrip("-_./")
+    return f"{start}/{fellow}" if fellow and all(run.endswith(f"/{fellow}") for run in runs) else start
 
 
 def calibration_table(results: Sequence[Result]) -> str:

@@ -113,3 +113,17 @@ def test_a_teacher_that_is_not_there(forks: Forks, runs: list[Path], tmp_path: P
     outcome = forks.script("evaluate.py", *arguments)
     assert outcome.code == 2
     assert f"error: {tmp_path / 'config.json'}: no such file" in outcome.text
+
+
+def test_a_teacher_of_the_same_seed_is_no_other_method(tmp_path: Path) -> None:
+    from evaluate import method
+
+    def run(name: str, seed: int, teacher: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"run_dir: {name}\nseed: {seed}\nteacher: {{run: {teacher}}}\n")
+        return folder
+
+    assert method(run("a", 0, "runs/t-0")) == method(run("b", 1, "runs/t-1"))
+    assert method(tmp_path / "a") != method(run("c", 1, "runs/t-0"))
+    assert method(tmp_path / "a") != method(run("d", 0, "runs/u-0"))

@@ -12,7 +12,16 @@ from PIL import Image
 
 import evaluation.pictures as pictures
 from evaluation.pictures import colourise, denormalise, error_map, grid, overlay, save_png
-from evaluation.report import compare_runs, duration, per_class_table, quantity, seeds_table, significant, table
+from evaluation.report import (
+    compare_runs,
+    duration,
+    method_name,
+    per_class_table,
+    quantity,
+    seeds_table,
+    significant,
+    table,
+)
 
 COLOURS = ((128, 64, 128), (244, 35, 232), (70, 70, 70))
 
@@ -223,3 +232,9 @@ def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="killed here"):
         save_png(path, np.full((3, 4, 3), 9, np.uint8))
     np.testing.assert_array_equal(np.asarray(Image.open(path)), old)
+
+
+def test_method_name() -> None:
+    assert method_name(["runs/a-0", "runs/a-1"]) == "runs/a"
+    assert method_name(["runs/a-0/teacher", "runs/a-1/teacher"]) == "runs/a/teacher"
+    assert method_name(["runs/a-0"]) == "runs/a-0"
