@@ -130,6 +130,7 @@ benchmarks: setup  ## time and memory of the parts that we wrote ourselves
 	$(RUN) benchmarks/streets.py
 	$(RUN) benchmarks/models.py
 	$(RUN) benchmarks/cached_teacher.py
+	$(RUN) benchmarks/cached_teacher.py precision=fp32 output=results/cached_teacher_fp32.md
 
 notebook: setup-dev  ## make the notebooks' .ipynb from their .py
 	$(VENV)/bin/jupytext --to ipynb notebooks/*.py
