@@ -109,7 +109,7 @@ camvid-online: setup  ## online against offline distillation on real CamVid, at 
 				run_dir=$(ONLINE)/$$name-$$seed seed=$$seed resume=true || exit; \
 		done; \
 	done
-	$(RUN) evaluate.py $(ONLINE)/*-[0-9] split=test pictures=3 calibration_every=3 out=results/camvid-online
+	$(RUN) evaluate.py $(ONLINE)/*-[0-9] $(ONLINE)/*-[0-9]/teacher split=test pictures=3 calibration_every=3 out=results/camvid-online
 
 high-entropy: setup  ## four teachers, three of high entropy, and what each teaches, on real CamVid; an hour
 	for name in teacher label_smoothing confidence_penalty margin; do \

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.checkpoint import clear_checkpoints, load_checkpoint, replace_folder, save_checkpoint
 from engine.player import Learner, Player, TrainConfig, learning_rate, resolution
+from engine.teachers import in_eval_mode
 from errors import DamagedFileError, NonFiniteError, Terminated
 from evaluation.calibration import Calibration
 from evaluation.metrics import ConfusionMatrix, scores
@@ -289,23 +290,21 @@ def evaluate(
     Every process takes its share of the images, none twice, and the counts are added up once: the matrix does not
     depend on the number of processes. A `calibration` (evaluation.calibration) is filled beside it and added up.
     """
-    was_training = model.training
-    model.eval()
     loader = data.eval_loader(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         workers=workers,
     )
     matrix = ConfusionMatrix(len(data.labels.names), accelerator.device)
-    for batch in tqdm(loader, desc="evaluate", leave=False, dynamic_ncols=True):
-        batch = to_device(batch, accelerator.device)
-        logits = model(batch.images).logits
-        matrix.update(logits, batch.labels)
-        if calibration is not None:
-            calibration.update(logits, batch.labels)
+    with in_eval_mode(model):
+        for batch in tqdm(loader, desc="evaluate", leave=False, dynamic_ncols=True):
+            batch = to_device(batch, accelerator.device)
+            logits = model(batch.images).logits
+            matrix.update(logits, batch.labels)
+            if calibration is not None:
+                calibration.update(logits, batch.labels)
     if calibration is not None:
         calibration.reduce(accelerator)
-    model.train(was_training)
     return matrix.reduce(accelerator)
 
 

@@ -3,8 +3,8 @@
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -231,18 +231,15 @@ class PeerTeacher:
         return Answer(average([answer.logits for answer in answers], self.config.averaging), answers[0].features)
 
 
-class in_eval_mode(AbstractContextManager[None]):
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts a module into eval mode and each of its parts back into its own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module in self.training:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
             module.training = True
 
 
