@@ -337,7 +337,7 @@ def decompose_runs(
         rank=accelerator.process_index, world_size=accelerator.num_processes, workers=config.workers
     )
     for batch in tqdm(loader, desc="bias and variance", leave=False, dynamic_ncols=True):
-        batch = to_device(batch, accelerator.device)
+        batch = data.finish(to_device(batch, accelerator.device))
         sums.update([model(batch.images).logits[0] for model in models], batch.labels[0])
     sums.reduce(accelerator)
     return sums

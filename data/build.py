@@ -4,13 +4,14 @@ import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from data import bdd100k, camvid, cityscapes
 from data.dataset import FileData, SegmentationData, Settings, count_classes
-from data.labels import CAMVID, CITYSCAPES, camvid_table, label_id_table, train_id_table
+from data.files import Pair
+from data.labels import CAMVID, CITYSCAPES, Labels, camvid_table, label_id_table, train_id_table
 from data.transforms import Size
 from errors import ConfigurationError
 
@@ -49,10 +50,35 @@ class DataConfig:
     """Standard deviation of red, green and blue in 0..1 that is divided by (the default is ImageNet's)."""
     workers: int = 0
     """Loader processes per training process; 0 loads in the training process itself."""
-    sampling: Literal["uniform", "rare_class"] = "uniform"
-    """Order of the training images: each once an epoch, or drawn by the rarity of the classes that they show."""
+    packed: bool = False
+    """Read the packed files that `inspect_data.py pack=true` wrote, in place of the originals."""
+    packed_form: Literal["raw", "jpeg"] = "raw"
+    """Form of packed images: pixels as they are, or JPEGs end to end, where raw is too large."""
+    packed_folder: str = ""
+    """Folder of packed files; empty: `packed` in data.root. With data.root empty nothing but them is needed."""
+    reduced_decoding: bool = False
+    """Decode a JPEG at a half, a quarter or an eighth of its size where data.size leaves no more of it: faster,
+    and other pixels by a little."""
+    finish_on_device: bool = False
+    """Change colours, blur and normalise on the training's device: loaders hand over bytes, a quarter of the
+    memory, and a GPU does in no time what costs a core as much as the crop."""
+    sampling: Literal["uniform", "rare_class", "class_uniform", "repeat_factor"] = "uniform"
+    """Order of the training images: each once an epoch; drawn by the rarity of the classes they show (DAFormer); a
+    share of them by classes drawn uniformly; or repeated by the rarest class that they show (LVIS)."""
     rare_class_temperature: float = 0.01
     """Temperature of rare_class: the smaller, the more often the rarest classes (0.01 in DAFormer)."""
+    class_uniform_share: float = 0.5
+    """class_uniform: share of an epoch's images that are drawn by class; the others are drawn uniformly."""
+    repeat_threshold: float = 0.5
+    """repeat_factor: a class that less than this share of the images show has them repeated, sqrt(threshold/share)
+    times."""
+    rare_share: float = 0.02
+    """rare_crop, copy_paste: classes with less than this share of the labelled pixels are the rare ones."""
+    rare_crop: float = 0.0
+    """Share of a training crop that is to be of the class that the sampler drew, or of rare ones if it drew none:
+    the crop is drawn anew up to ten times until it is, else the best of them is taken. 0: the first is."""
+    copy_paste: float = 0.0
+    """Probability that objects of a rare class, cut out of another training image, are pasted onto a sample."""
     scenes: int = 400
     """streets: number of training scenes; val and test have a quarter as many each."""
     streets_seed: int = 0
@@ -65,17 +91,18 @@ class DataConfig:
                 _fail(key, value, "give [height, width] in pixels")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             _fail("scale", self.scale, "give [smallest, largest] factor, both above 0")
-        for key in ("flip", "blur"):
+        for key in ("flip", "blur", "class_uniform_share", "rare_crop", "copy_paste"):
             if not 0 <= getattr(self, key) <= 1:
-                _fail(key, getattr(self, key), "give a probability from 0 to 1")
+                _fail(key, getattr(self, key), "give a number from 0 to 1")
         if not 0 <= self.jitter <= 1:
             _fail("jitter", self.jitter, "give a strength from 0 to 1")
         if len(self.mean) != 3:
             _fail("mean", self.mean, "give three numbers, for red, green and blue")
         if len(self.std) != 3 or min(self.std) <= 0:
             _fail("std", self.std, "give three numbers above 0, for red, green and blue")
-        if not self.rare_class_temperature > 0:
-            _fail("rare_class_temperature", self.rare_class_temperature, "give a number above 0")
+        for key in ("rare_class_temperature", "repeat_threshold", "rare_share"):
+            if not getattr(self, key) > 0:
+                _fail(key, getattr(self, key), "give a number above 0")
         for key, least in (("workers", 0), ("scenes", 4), ("streets_seed", 0)):
             if getattr(self, key) < least:
                 _fail(key, getattr(self, key), f"give a whole number of at least {least}")
@@ -100,29 +127,52 @@ def build_dataset(config: DataConfig, split: Split) -> SegmentationData:
         blur=config.blur,
         mean=tuple(config.mean),
         std=tuple(config.std),
+        finish_on_device=config.finish_on_device,
+        reduced_decoding=config.reduced_decoding,
         sampling=config.sampling,
         rare_class_temperature=config.rare_class_temperature,
+        class_uniform_share=config.class_uniform_share,
+        repeat_threshold=config.repeat_threshold,
+        rare_share=config.rare_share,
+        rare_crop=config.rare_crop,
+        copy_paste=config.copy_paste,
     )
     if split not in STREETS_FIRST:
         raise ConfigurationError(f"split: {split!r} is unknown; choose train, val or test")
     if config.name == "streets":
         return StreetsData(config, split, settings)
-    root = _root(config)
+    files = find_files(config, split)
+    return FileData(split, files.labels, files.pairs, files.table, settings, files.root)
+
+
+class Files(NamedTuple):
+    """The files of a split, paired but not opened."""
+
+    root: Path
+    pairs: list[Pair]
+    labels: Labels
+    table: np.ndarray
+    """uint8 [256], from a label file's values to trainIds; see data/labels.py."""
+
+
+def find_files(config: DataConfig, split: Split) -> Files:
+    """The images of a split with their labels. Raises ConfigurationError naming the key, file or folder."""
+    root = find_root(config)
     if config.name == "camvid":
-        return FileData(split, CAMVID, camvid.find_pairs(root, split), camvid_table(), settings, root)
+        return Files(root, camvid.find_pairs(root, split), CAMVID, camvid_table())
     if config.name == "cityscapes":
         pairs, label_ids = cityscapes.find_pairs(root, split)
         table = label_id_table() if label_ids else train_id_table(len(CITYSCAPES))
-        return FileData(split, CITYSCAPES, pairs, table, settings, root)
-    pairs = bdd100k.find_pairs(root, split)
-    return FileData(split, CITYSCAPES, pairs, train_id_table(len(CITYSCAPES)), settings, root)
+        return Files(root, pairs, CITYSCAPES, table)
+    return Files(root, bdd100k.find_pairs(root, split), CITYSCAPES, train_id_table(len(CITYSCAPES)))
 
 
 def _size(value: list[int] | None) -> Size | None:
     return None if value is None else (value[0], value[1])
 
 
-def _root(config: DataConfig) -> Path:
+def find_root(config: DataConfig) -> Path:
+    """The folder of a data set. Raises ConfigurationError where none is named or there."""
     root = config.root
     if not root and config.name == "camvid":
         root = os.environ.get("CAMVID_ROOT", "")

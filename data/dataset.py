@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data import statistics, transforms
+from data.device import finish_images
 from data.files import (
     Pair,
     bad_values_error,
@@ -31,18 +32,25 @@ from errors import ConfigurationError, MachineError
 
 
 class Batch(NamedTuple):
-    """What a loader yields; without the first dimension, one sample."""
+    """What a loader yields; without the first dimension, one sample.
+
+    With `data.finish_on_device` images are uint8 [B, H, W, 3] and labels uint8 until `SegmentationData.finish`.
+    """
 
     images: Tensor
     """[B, 3, H, W] float32, normalised."""
     labels: Tensor
-    """[B, H, W] int64 trainIds, 255 where there is none."""
+    """[B, H, W] int64 trainIds, 255 where there is none; UNLABELLED all over an image that has no label at all."""
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
     """[B] int64, the image's index in the data set."""
     position: Tensor
     """[B] int64, its position in the epoch's global order."""
     geometry: Tensor
     """[B, 7] int64: source height and width, scaled height and width, top, left, flip; see data/transforms.py."""
+    appearance: Tensor
+    """[B, 6] float64: contrast, gains of red, green and blue, saturation, sigma; see data/transforms.py."""
+    pixels: Tensor
+    """[B, C+1] int64: pixels of each class in `labels`, in the last place those of none."""
 
 
 class Settings(NamedTuple):
@@ -57,8 +65,25 @@ class Settings(NamedTuple):
     blur: float = 0.1
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    finish_on_device: bool = False
+    reduced_decoding: bool = False
     sampling: str = "uniform"
     rare_class_temperature: float = 0.01
+    class_uniform_share: float = 0.5
+    repeat_threshold: float = 0.5
+    rare_share: float = 0.02
+    rare_crop: float = 0.0
+    copy_paste: float = 0.0
+
+
+class Cut(NamedTuple):
+    """The pixels of a sample before colours, normalisation and padding of the image."""
+
+    part: np.ndarray  # uint8 [h, w, 3], at most of the crop's size
+    label: np.ndarray  # uint8 [crop height, crop width]; in evaluation at label size
+    crop: Size
+    geometry: transforms.Geometry
+    appearance: transforms.Appearance
 
 
 EVALUATION = -1  # as a key's epoch: the whole image, no augmentation, the label at its own size
@@ -108,14 +133,52 @@ class SegmentationData(Dataset[Batch], ABC):
         An epoch of -1 asks for the image as in evaluation: whole, resized to `size` if that is set, not
         augmented, with its label at label size.
         """
-        epoch, position, index = key
+        key, settings = Key(*key), self.settings
+        cut = self._cut(key, seed)
+        table = self._plain_table
+        if cut.appearance != transforms.Appearance():
+            table = transforms.colour_table(settings.mean, settings.std, cut.appearance)
+        image = transforms.finish_image(cut.part, cut.crop, cut.geometry.flip, table, cut.appearance)
+        return self._sample(key, cut, image, cut.label.astype(np.int64))
+
+    def unfinished(self, key: Key, *, seed: int) -> Batch:
+        """The same before `finish`: image uint8 [H, W, 3], padded with 0, and label uint8."""
+        key = Key(*key)
+        cut = self._cut(key, seed)
+        return self._sample(key, cut, transforms.pad_image(cut.part, cut.crop, cut.geometry.flip), cut.label)
+
+    def finish(self, batch: Batch) -> Batch:
+        """What `unfinished` left to do, on the batch's device; a finished batch stays as it is.
+
+        Equal to what `sample` gives, but for a grey level or so where saturation or blur were changed.
+        """
+        if batch.images.dtype != torch.uint8:
+            return batch
+        images = finish_images(
+            batch.images, batch.geometry, batch.appearance, self.settings.mean, self.settings.std
+        )
+        return batch._replace(images=images, labels=batch.labels.long())
+
+    def _sample(self, key: Key, cut: "Cut", image: np.ndarray, label: np.ndarray) -> Batch:
+        return Batch(
+            images=torch.from_numpy(image),
+            labels=torch.from_numpy(label),
+            index=torch.tensor(key.index),
+            position=torch.tensor(key.position),
+            geometry=torch.tensor(cut.geometry, dtype=torch.int64),
+            appearance=torch.tensor(np.hstack(cut.appearance), dtype=torch.float64),
+            pixels=torch.from_numpy(count_classes(cut.label, len(self.labels))),
+        )
+
+    def _cut(self, key: Key, seed: int) -> "Cut":
+        """The pixels of a sample."""
         settings = self.settings
-        image, label = self.read(index)
+        image, label = self.read(key.index)
         if settings.size is not None:
             image = transforms.resize_image(image, settings.size)
         source: Size = image.shape[0], image.shape[1]
-        appearance, table = transforms.Appearance(), self._plain_table
-        if epoch == EVALUATION:
+        appearance = transforms.Appearance()
+        if key.epoch == EVALUATION:
             crop = source
             geometry = transforms.central(source, crop)
         else:
@@ -123,7 +186,7 @@ class SegmentationData(Dataset[Batch], ABC):
             crop = settings.crop or source
             if settings.augment:
                 geometry, appearance = transforms.draw(
-                    np.random.default_rng([seed, epoch, position]),
+                    np.random.default_rng([seed, key.epoch, key.position]),
                     source,
                     crop,
                     scale=settings.scale,
@@ -131,19 +194,10 @@ class SegmentationData(Dataset[Batch], ABC):
                     jitter=settings.jitter,
                     blur=settings.blur,
                 )
-                if settings.jitter > 0:
-                    table = transforms.colour_table(settings.mean, settings.std, appearance)
             else:
                 geometry = transforms.central(source, crop)
             label = transforms.crop_label(label, geometry, crop)
-        part = transforms.crop_image(image, geometry, crop)
-        return Batch(
-            images=torch.from_numpy(transforms.finish_image(part, crop, geometry.flip, table, appearance)),
-            labels=torch.from_numpy(label.astype(np.int64)),
-            index=torch.tensor(index),
-            position=torch.tensor(position),
-            geometry=torch.tensor(geometry, dtype=torch.int64),
-        )
+        return Cut(transforms.crop_image(image, geometry, crop), label, crop, geometry, appearance)
 
     def _check_one_size(self) -> None:
         """Raises ConfigurationError where images of unequal size would have to stand in one batch."""
@@ -230,7 +284,7 @@ class SegmentationData(Dataset[Batch], ABC):
 
         Whole images, not augmented, with their labels at label size.
         """
-        keys = [[(EVALUATION, index, index)] for index in range(rank, len(self), world_size)]
+        keys = [[Key(EVALUATION, index, index)] for index in range(rank, len(self), world_size)]
         return _loader(self, 0, keys, workers, False)
 
 
@@ -297,9 +351,9 @@ class FileData(SegmentationData):
 
 
 def count_classes(label: np.ndarray, classes: int) -> np.ndarray:
-    """int64 [classes+1] of a label of trainIds: pixels per class, and in the last place those of IGNORE_INDEX."""
-    values = np.bincount(label.ravel(), minlength=256)
-    return np.append(values[:classes], values[IGNORE_INDEX])
+    """int64 [classes+1] of a label of trainIds: pixels per class, and in the last place all others."""
+    values = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel().astype(np.int64)  # exact up to 2^24 pixels
+    return np.append(values[:classes], values[classes:].sum())
 
 
 class _Guarded(Dataset[Any]):
@@ -310,8 +364,9 @@ class _Guarded(Dataset[Any]):
         self.data, self.seed = data, seed
 
     def __getitem__(self, key: Key) -> Batch | str:
+        data = self.data
         try:
-            return self.data.sample(key, seed=self.seed)
+            return (data.unfinished if data.settings.finish_on_device else data.sample)(key, seed=self.seed)
         except ConfigurationError as error:
             return str(error)
 

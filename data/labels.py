@@ -10,6 +10,7 @@ import numpy as np
 
 IGNORE_INDEX = 255  # the label of a pixel that has no class, everywhere after loading
 INVALID = 254  # in a table only: a value that is an error
+UNLABELLED = 253  # after loading: of all pixels of an image that has no label, of which only a teacher can speak
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,24 @@ batches of all epochs are one stream of steps, of which `StepSampler` yields wha
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-Key = tuple[int, int, int]  # epoch, position in the epoch, index in the data set
+
+class Key(NamedTuple):
+    """What makes a sample, beside the seed."""
+
+    epoch: int
+    position: int
+    """Its place in the epoch's global order."""
+    index: int  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
+    """The image's index in the data set."""
+    wanted: int = -1
+    """The class that its crop is to show, if the sampler drew one."""
+
+
 Order = Callable[[int], np.ndarray]  # epoch -> int64 [positions], the index at each position
 
 # DAFormer wants 3000 pixels of the class in a 2048x1024 image; the same share of any other size
@@ -102,4 +115,4 @@ class StepSampler(Sampler[list[Key]]):
             for a in range(self.accumulate):
                 first = within * self.batch_size + a * part
                 positions = range(first + self.rank, first + part, self.world_size)
-                yield [(epoch, position, int(indices[position])) for position in positions]
+                yield [Key(epoch, position, int(indices[position])) for position in positions]

@@ -151,6 +151,14 @@ def colour_table(mean: Sequence[float], std: Sequence[float], appearance: Appear
     return table.astype(np.float32)
 
 
+def pad_image(part: np.ndarray, crop: Size, flip: int) -> np.ndarray:
+    """uint8 [*crop, 3] of a part [h, w, 3]: 0 at the side away from the image."""
+    below, beside = crop[0] - part.shape[0], crop[1] - part.shape[1]
+    if below or beside:
+        part = np.pad(part, ((0, below), (beside, 0) if flip else (0, beside), (0, 0)))
+    return np.ascontiguousarray(part)
+
+
 def finish_image(part: np.ndarray, crop: Size, flip: int, table: np.ndarray, appearance: Appearance) -> np.ndarray:
     """float32 [3, crop height, crop width]: saturation, blur and colour table on uint8 [h, w, 3] RGB, then the
     padding with 0, which is the mean, at the side away from the image."""

@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 
 
 class TrainingData(Protocol):
-    """What the loop needs of a data set; `batch.images` and `batch.labels` are all that it reads of a batch."""
+    """What the loop needs of a data set; of a batch it reads `images`, `labels` and `pixels`."""
 
     labels: Any
 
     def steps_per_epoch(self, batch_size: int) -> int: ...
     def train_loader(self, **options: Any) -> Any: ...
     def eval_loader(self, **options: Any) -> Any: ...
+    def finish(self, batch: Any) -> Any: ...
 
 
 def fit(
@@ -71,13 +72,15 @@ def fit(
     progress = Progress()
     restore(run, players, progress)
     stream = batches(run, train, config, progress.step, workers)
-    clock = time.perf_counter()
+    clock, waited = time.perf_counter(), 0.0
     scored: dict[str, Any] = {}
 
     with tqdm(initial=progress.step, total=total, unit="step", desc=run.folder.name, dynamic_ncols=True) as bar:
         while progress.step < total:
             step, terminated = progress.step, False
+            asked = time.perf_counter()
             parts = next(stream)
+            waited += time.perf_counter() - asked
             values: dict[str, float] = {}
             for player, owner in in_turn:
                 if owner.active(step) and player.learner.active(step):
@@ -85,7 +88,7 @@ def fit(
                     prefix = f"{player.learner.name}." if player.learner.name else ""
                     values |= {f"{prefix}{name}": value for name, value in theirs.items()}
                     terminated = terminated or stop
-            progress.add(values)
+            progress.add(values | produced(accelerator, parts, train.labels.names))
             progress.step = step = step + 1
             epoch = step // train.steps_per_epoch(config.batch_size)
             bar.update()
@@ -94,8 +97,11 @@ def fit(
             progress.seconds, clock = progress.seconds + now - clock, now
             if step % config.log_every == 0 or step == total:
                 images = config.batch_size * progress.window_steps
-                speed, averages = images / progress.window_seconds(), progress.averages()
-                run.log(step, epoch, "train", averages, seconds=progress.seconds, images_per_second=speed)
+                elapsed, averages = progress.window_seconds(), progress.averages()
+                speed = images / elapsed
+                system = {"seconds": progress.seconds, "images_per_second": speed, "waiting": waited / elapsed}
+                run.log(step, epoch, "train", averages, **system)
+                waited = 0.0
                 loss = averages.get("loss", next(iter(averages.values())))
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} images/s")
             if step == total or (config.evaluate_every and step % config.evaluate_every == 0):
@@ -171,7 +177,7 @@ def batches(
     stream = iter(loader)  # its workers start here
 
     def parts() -> list[Any]:
-        return [to_device(next(stream), accelerator.device) for _ in range(config.accumulate)]
+        return [train.finish(to_device(next(stream), accelerator.device)) for _ in range(config.accumulate)]
 
     return (parts() for _ in range(start_step, config.total_steps(train)))
 
@@ -251,6 +257,14 @@ def train_step(
     return logged, terminated
 
 
+def produced(accelerator: Accelerator, parts: list[Any], names: Sequence[str]) -> dict[str, float]:
+    """`pixels.NAME`: the share of each class among all pixels of a step's batch, over parts and processes."""
+    pixels = torch.stack([part.pixels.sum(0) for part in parts]).sum(0).double()
+    pixels = add_up(accelerator, pixels.to(accelerator.device)).cpu()
+    shares = (pixels / pixels.sum()).tolist()
+    return {f"pixels.{name}": share for name, share in zip(names, shares, strict=False)}
+
+
 def at_resolution(parts: list[Any], factor: float) -> list[Any]:
     """The parts with images (antialiased) and labels (nearest neighbour) shrunk by a factor."""
     if factor == 1:
@@ -273,7 +287,9 @@ def add_up(accelerator: Accelerator, values: Tensor) -> Tensor:
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch with images, channels-last, and labels on the device; a cache reads the rest on the host."""
     images, labels = (tensor.to(device, non_blocking=True) for tensor in (batch.images, batch.labels))
-    return batch._replace(images=images.contiguous(memory_format=torch.channels_last), labels=labels)
+    if images.dtype != torch.uint8:  # bytes are [B, H, W, 3] until the data set finishes them
+        images = images.contiguous(memory_format=torch.channels_last)
+    return batch._replace(images=images, labels=labels)
 
 
 @torch.no_grad()
@@ -298,7 +314,7 @@ def evaluate(
     matrix = ConfusionMatrix(len(data.labels.names), accelerator.device)
     with in_eval_mode(model):
         for batch in tqdm(loader, desc="evaluate", leave=False, dynamic_ncols=True):
-            batch = to_device(batch, accelerator.device)
+            batch = data.finish(to_device(batch, accelerator.device))
             logits = model(batch.images).logits
             matrix.update(logits, batch.labels)
             if calibration is not None:
