@@ -72,8 +72,10 @@ class DataConfig:
     repeat_threshold: float = 0.5
     """repeat_factor: a class that less than this share of the images show has them repeated, sqrt(threshold/share)
     times."""
-    rare_share: float = 0.02
+    rare_share: float = 0.01
     """rare_crop, copy_paste: classes with less than this share of the labelled pixels are the rare ones."""
+    rare_classes: list[str] = field(default_factory=list)
+    """rare_crop, copy_paste: names of the rare classes, in place of those by rare_share."""
     rare_crop: float = 0.0
     """Share of a training crop that is to be of the class that the sampler drew, or of rare ones if it drew none:
     the crop is drawn anew up to ten times until it is, else the best of them is taken. 0: the first is."""
@@ -134,6 +136,7 @@ def build_dataset(config: DataConfig, split: Split) -> SegmentationData:
         class_uniform_share=config.class_uniform_share,
         repeat_threshold=config.repeat_threshold,
         rare_share=config.rare_share,
+        rare_classes=tuple(config.rare_classes),
         rare_crop=config.rare_crop,
         copy_paste=config.copy_paste,
     )

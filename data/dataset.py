@@ -4,6 +4,7 @@ import hashlib
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,17 @@ from data.files import (
     read_label_values,
 )
 from data.labels import IGNORE_INDEX, INVALID, Labels
-from data.sampling import Key, Order, StepSampler, rare_class_order, uniform_order
+from data.sampling import (
+    Key,
+    Order,
+    StepSampler,
+    class_uniform_order,
+    rare_class_order,
+    rare_classes,
+    repeat_factor_order,
+    showing,
+    uniform_order,
+)
 from data.transforms import Size
 from errors import ConfigurationError, MachineError
 
@@ -71,7 +82,8 @@ class Settings(NamedTuple):
     rare_class_temperature: float = 0.01
     class_uniform_share: float = 0.5
     repeat_threshold: float = 0.5
-    rare_share: float = 0.02
+    rare_share: float = 0.01
+    rare_classes: tuple[str, ...] = ()
     rare_crop: float = 0.0
     copy_paste: float = 0.0
 
@@ -134,7 +146,7 @@ class SegmentationData(Dataset[Batch], ABC):
         augmented, with its label at label size.
         """
         key, settings = Key(*key), self.settings
-        cut = self._cut(key, seed)
+        cut = self._pixels(key, seed)
         table = self._plain_table
         if cut.appearance != transforms.Appearance():
             table = transforms.colour_table(settings.mean, settings.std, cut.appearance)
@@ -144,7 +156,7 @@ class SegmentationData(Dataset[Batch], ABC):
     def unfinished(self, key: Key, *, seed: int) -> Batch:
         """The same before `finish`: image uint8 [H, W, 3], padded with 0, and label uint8."""
         key = Key(*key)
-        cut = self._cut(key, seed)
+        cut = self._pixels(key, seed)
         return self._sample(key, cut, transforms.pad_image(cut.part, cut.crop, cut.geometry.flip), cut.label)
 
     def finish(self, batch: Batch) -> Batch:
@@ -170,34 +182,85 @@ class SegmentationData(Dataset[Batch], ABC):
             pixels=torch.from_numpy(count_classes(cut.label, len(self.labels))),
         )
 
-    def _cut(self, key: Key, seed: int) -> "Cut":
+    def _pixels(self, key: Key, seed: int) -> "Cut":
         """The pixels of a sample."""
+        if key.epoch == EVALUATION:
+            return self._cut(key.index, None)
         settings = self.settings
-        image, label = self.read(key.index)
+        wanted = [key.wanted] if key.wanted >= 0 else self.rare if settings.rare_crop else []
+        rng = np.random.default_rng([seed, key.epoch, key.position])
+        cut = self._cut(key.index, rng, wanted, settings.rare_crop)
+        if settings.augment and settings.copy_paste:
+            rng = np.random.default_rng([seed, key.epoch, key.position, 2])
+            if rng.random() < settings.copy_paste:
+                cut = self._paste(cut, rng)
+        return cut
+
+    def _cut(
+        self, index: int, rng: np.random.Generator | None, wanted: Sequence[int] = (), least: float = 0.0
+    ) -> "Cut":
+        """A crop of an image by random numbers, with a share `least` of the wanted classes if there is such a
+        crop; without a generator the image as in evaluation."""
+        settings = self.settings
+        image, label = self.read(index)
         if settings.size is not None:
             image = transforms.resize_image(image, settings.size)
         source: Size = image.shape[0], image.shape[1]
         appearance = transforms.Appearance()
-        if key.epoch == EVALUATION:
-            crop = source
-            geometry = transforms.central(source, crop)
-        else:
-            label = transforms.resize_label(label, source)
-            crop = settings.crop or source
-            if settings.augment:
-                geometry, appearance = transforms.draw(
-                    np.random.default_rng([seed, key.epoch, key.position]),
-                    source,
-                    crop,
-                    scale=settings.scale,
-                    flip=settings.flip,
-                    jitter=settings.jitter,
-                    blur=settings.blur,
-                )
-            else:
-                geometry = transforms.central(source, crop)
-            label = transforms.crop_label(label, geometry, crop)
-        return Cut(transforms.crop_image(image, geometry, crop), label, crop, geometry, appearance)
+        if rng is None:
+            return Cut(image, label, source, transforms.central(source, source), appearance)
+        label = transforms.resize_label(label, source)
+        crop = settings.crop or source
+        geometry = transforms.central(source, crop)
+        if settings.augment:
+            geometry, appearance = transforms.draw(
+                rng,
+                source,
+                crop,
+                scale=settings.scale,
+                flip=settings.flip,
+                jitter=settings.jitter,
+                blur=settings.blur,
+            )
+            if least:
+                geometry = transforms.seek(rng, label, geometry, crop, classes=wanted, least=least)
+        part = transforms.crop_image(image, geometry, crop)
+        return Cut(part, transforms.crop_label(label, geometry, crop), crop, geometry, appearance)
+
+    def _paste(self, cut: Cut, rng: np.random.Generator) -> Cut:
+        """The sample with objects of a rare class of another image on it, at the places that they have there.
+
+        The class is drawn uniformly, the image among those that show it; its crop is drawn like the sample's, with
+        one in a hundred pixels of that class if there is such a crop.
+        """
+        if not self.rare:
+            return cut
+        c = int(rng.choice(self.rare))
+        other = self._cut(int(rng.choice(showing(self.label_counts(), c))), rng, [c], least=0.01)
+        part, label = transforms.paste(
+            cut.part,
+            cut.label,
+            cut.geometry.flip,
+            other.part,
+            other.label,
+            other.geometry.flip,
+            wanted=c,
+            together=self.rare,
+        )
+        return cut._replace(part=part, label=label)
+
+    @cached_property
+    def rare(self) -> list[int]:
+        """The classes that data.rare_crop and data.copy_paste call rare."""
+        if not self.settings.rare_classes:
+            return rare_classes(self.label_counts(), self.settings.rare_share).tolist()
+        unknown = [name for name in self.settings.rare_classes if name not in self.labels.names]
+        if unknown:
+            raise ConfigurationError(
+                f"data.rare_classes: there is no class {unknown[0]!r}; name some of {', '.join(self.labels.names)}"
+            )
+        numbers = [self.labels.names.index(name) for name in self.settings.rare_classes]
+        return [c for c in numbers if self.label_counts()[:, c].any()]
 
     def _check_one_size(self) -> None:
         """Raises ConfigurationError where images of unequal size would have to stand in one batch."""
@@ -232,12 +295,21 @@ class SegmentationData(Dataset[Batch], ABC):
 
     def _order(self, batch_size: int, seed: int) -> Order:
         positions = self.steps_per_epoch(batch_size) * batch_size
-        if self.settings.sampling == "rare_class":
-            counts, temperature = self.label_counts(), self.settings.rare_class_temperature
-            return lambda epoch: rare_class_order(
-                counts, positions, temperature=temperature, seed=seed, epoch=epoch
-            )
-        return lambda epoch: uniform_order(len(self), positions, seed=seed, epoch=epoch)
+        return lambda epoch: self.order(positions, seed=seed, epoch=epoch)
+
+    def order(self, positions: int, *, seed: int, epoch: int) -> np.ndarray:
+        """int64 [positions, 2]: the image at each position of an epoch, and the class wanted of it or -1."""
+        settings = self.settings
+        if settings.sampling == "uniform":
+            return uniform_order(len(self), positions, seed=seed, epoch=epoch)
+        counts = self.label_counts()
+        if settings.sampling == "rare_class":
+            temperature = settings.rare_class_temperature
+            return rare_class_order(counts, positions, temperature=temperature, seed=seed, epoch=epoch)
+        if settings.sampling == "class_uniform":
+            share = settings.class_uniform_share
+            return class_uniform_order(counts, positions, share=share, seed=seed, epoch=epoch)
+        return repeat_factor_order(counts, positions, threshold=settings.repeat_threshold, seed=seed, epoch=epoch)
 
     def train_loader(
         self,
@@ -267,6 +339,8 @@ class SegmentationData(Dataset[Batch], ABC):
             raise ConfigurationError(f"seed: {seed} is outside 0..4294967295; choose one inside")
         if self.settings.crop is None and self.settings.size is None:
             self._check_one_size()
+        if self.settings.rare_crop or self.settings.copy_paste:
+            _ = self.rare  # counted here, once for all workers
         sampler = StepSampler(
             self._order(batch_size, seed),
             steps_per_epoch=self.steps_per_epoch(batch_size),

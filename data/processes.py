@@ -40,6 +40,6 @@ def map_processes(
             chunk = max(1, min(16, len(items) // (4 * number)))
             yield from tqdm(pool.map(function, items, chunksize=chunk), **bar)
         except BrokenProcessPool as error:
-            raise MachineError(f"workers: one of {number} was killed; out of memory? give fewer workers") from error
+            raise MachineError(f"workers: one of {number} was killed; out of memory? give fewer") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -110,6 +110,75 @@ def crop_image(image: np.ndarray, geometry: Geometry, crop: Size) -> np.ndarray:
     return cv2.flip(part, 1) if geometry.flip else part
 
 
+def seek(
+    rng: np.random.Generator,
+    label: np.ndarray,
+    geometry: Geometry,
+    crop: Size,
+    *,
+    classes: Sequence[int],
+    least: float,
+    tries: int = 10,
+) -> Geometry:
+    """The first of up to `tries` places of a crop of which a share `least` is of some classes, or the one that has
+    most of them; the first is that of `geometry`, and scale and flip stay.
+
+    After DAFormer (Hoyer et al. 2022), which asks for 1500 pixels of the class in a crop of 512x512, 0.6 %. Each
+    fourth row and column is looked at.
+    """
+    table = np.zeros(256, np.uint8)
+    table[list(classes)] = 1
+    best, most = geometry, -1.0
+    for attempt in range(tries):
+        if attempt:
+            u = rng.random(2)
+            top = int(u[0] * (max(geometry.scaled_height - crop[0], 0) + 1))
+            left = int(u[1] * (max(geometry.scaled_width - crop[1], 0) + 1))
+            geometry = geometry._replace(top=top, left=left)
+        height, width = _inside(geometry, crop)
+        rows = _nearest(geometry.top, height, label.shape[0], geometry.scaled_height)[::4]
+        columns = _nearest(geometry.left, width, label.shape[1], geometry.scaled_width)[::4]
+        share = 16 * int(table[label[rows].take(columns, axis=1)].sum()) / (crop[0] * crop[1])
+        if share > most:
+            best, most = geometry, share
+        if most >= least:
+            break
+    return best
+
+
+def paste(
+    part: np.ndarray,
+    label: np.ndarray,
+    flip: int,
+    other_part: np.ndarray,
+    other_label: np.ndarray,
+    other_flip: int,
+    *,
+    wanted: int,
+    together: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop with another's objects on it, at the same place: image part uint8 [h, w, 3] and label uint8 [H, W].
+
+    An object is a connected region of 16 pixels or more of the classes `together` in which class `wanted` is: so a
+    rider comes with the bicycle. Nothing is pasted onto padding. After Ghiasi et al. 2021 (Simple copy-paste), of
+    whole instances; here a region serves, since labels of classes know no instances, and edges are not blended.
+    """
+    crop = (label.shape[0], label.shape[1])
+    table = np.zeros(256, np.uint8)
+    table[[wanted, *together]] = 1
+    _, regions = cv2.connectedComponents(cv2.LUT(other_label, table), connectivity=8)
+    chosen = np.bincount(regions.ravel()) >= 16
+    with_wanted = np.zeros(len(chosen), bool)
+    with_wanted[np.unique(regions[other_label == wanted])] = True
+    left = crop[1] - part.shape[1] if flip else 0
+    inside = (slice(0, part.shape[0]), slice(left, left + part.shape[1]))
+    objects = (chosen & with_wanted)[regions[inside]]
+    source = pad_image(other_part, crop, other_flip)[inside]
+    pasted = label.copy()
+    pasted[inside] = np.where(objects, other_label[inside], label[inside])
+    return np.where(objects[..., None], source, part), pasted
+
+
 def crop_label(label: np.ndarray, geometry: Geometry, crop: Size) -> np.ndarray:
     """uint8 [crop height, crop width] by nearest neighbour, the padding IGNORE_INDEX."""
     height, width = _inside(geometry, crop)

@@ -15,14 +15,15 @@ from data.sampling import (
 
 def test_uniform_order_is_a_permutation_of_seed_and_epoch() -> None:
     order = uniform_order(50, 48, seed=3, epoch=7)
-    assert len(set(order.tolist())) == 48
+    assert len(set(order[:, 0].tolist())) == 48
+    assert (order[:, 1] == -1).all()
     np.testing.assert_array_equal(order, uniform_order(50, 48, seed=3, epoch=7))
     assert (order != uniform_order(50, 48, seed=3, epoch=8)).any()
     assert (order != uniform_order(50, 48, seed=4, epoch=7)).any()
 
 
 def test_small_set_repeats_until_the_batch_is_full() -> None:
-    order = uniform_order(3, 8, seed=0, epoch=0)
+    order = uniform_order(3, 8, seed=0, epoch=0)[:, 0]
     assert len(order) == 8
     assert sorted(order[:3].tolist()) == [0, 1, 2]
     np.testing.assert_array_equal(order[:3], order[3:6])
@@ -31,7 +32,7 @@ def test_small_set_repeats_until_the_batch_is_full() -> None:
 def test_order_and_first_augmentation_have_different_generators() -> None:
     """NumPy pads entropy with zeros: default_rng([s, e]) is default_rng([s, e, 0])."""
     order = np.random.default_rng([5, 2, 0]).permutation(100)
-    assert (uniform_order(100, 100, seed=5, epoch=2) != order).any()
+    assert (uniform_order(100, 100, seed=5, epoch=2)[:, 0] != order).any()
 
 
 def sampler(**changed: int) -> StepSampler:
@@ -82,7 +83,8 @@ def test_rare_class_distribution() -> None:
     orders = [rare_class_order(counts, 500, **settings, epoch=epoch) for epoch in range(4)]
     order = np.concatenate(orders)
     # classes 0 and 1 are in all 40 images, class 2 in three
-    per_image = np.bincount(order, minlength=40) / len(order)
+    per_image = np.bincount(order[:, 0], minlength=40) / len(order)
+    assert (counts[order[:, 0], order[:, 1]] > 0).all()  # the class wanted is there
     common = (expected[0] + expected[1]) / 40
     np.testing.assert_allclose(per_image[4:7], common + expected[2] / 3, atol=0.03)
     others = np.delete(per_image, [4, 5, 6])
@@ -96,10 +98,10 @@ def test_rare_class_wants_more_than_a_few_pixels_where_it_can() -> None:
     counts[:, 0] = 100_000
     counts[:, 1] = [1, 5000, 0]
     order = rare_class_order(counts, 50, temperature=0.01, seed=0, epoch=0)
-    assert set(order.tolist()) == {1}  # class 1 is drawn throughout, and image 0 shows too little of it
+    assert set(map(tuple, order)) == {(1, 1)}  # class 1 is drawn throughout, and image 0 shows too little of it
     counts[1, 1] = 1
     order = rare_class_order(counts, 50, temperature=0.01, seed=0, epoch=0)
-    assert set(order.tolist()) == {0, 1}
+    assert set(order[:, 0].tolist()) == {0, 1}
 
 
 def test_low_temperature_does_not_overflow() -> None:
