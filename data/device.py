@@ -32,13 +32,18 @@ def finish_images(
     blurred = appearance[:, 5].nonzero().flatten().tolist()
     if blurred:
         changed = changed.clone() if changed.data_ptr() == images.data_ptr() else changed
-        for i in blurred:
-            changed[i] = blur(changed[i], float(appearance[i, 5]))
+        for i in blurred:  # the image alone: what is mirrored at its border is not the padding
+            rows, columns = inside(geometry[i].tolist(), images.shape[1], images.shape[2])
+            changed[i, :, rows, columns] = blur(changed[i, :, rows, columns], float(appearance[i, 5]))
     changed = changed.contiguous(memory_format=torch.channels_last)
     offsets = 256 * torch.arange(3 * len(images), device=device, dtype=torch.int32).view(-1, 3, 1, 1)
     finished = tables.flatten()[(changed + offsets).long()]
-    inside = padding_mask(geometry, images.shape[1], images.shape[2]).to(device, non_blocking=True)
-    return (finished * inside[:, None]).contiguous(memory_format=torch.channels_last)
+    for i, place in enumerate(geometry.tolist()):
+        rows, columns = inside(place, images.shape[1], images.shape[2])
+        finished[i, :, rows.stop :] = 0
+        finished[i, :, :, : columns.start] = 0
+        finished[i, :, :, columns.stop :] = 0
+    return finished
 
 
 def colour_tables(appearance: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -64,15 +69,15 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     places = torch.arange(-2, 3, device=image.device, dtype=torch.float32)
     line = torch.exp(-(places**2) / (2 * sigma**2))
     kernel = (line / line.sum()).expand(3, 1, 5)
-    wide = F.pad(image[None].float(), (2, 2, 2, 2), mode="reflect")
+    mode = "reflect" if min(image.shape[1:]) > 2 else "replicate"
+    wide = F.pad(image[None].float(), (2, 2, 2, 2), mode=mode)
     wide = F.conv2d(F.conv2d(wide, kernel[:, :, None], groups=3), kernel[:, :, :, None], groups=3)
     return wide[0].round().clamp(0, 255).to(torch.uint8)
 
 
-def padding_mask(geometry: Tensor, height: int, width: int) -> Tensor:
-    """Boolean [B, H, W], True where a crop shows the image."""
-    scaled_height, scaled_width, top, left, flip = geometry[:, 2:].unbind(1)
-    rows = torch.arange(height) < (scaled_height - top)[:, None]
-    columns = torch.arange(width) < (scaled_width - left)[:, None]
-    columns = torch.where(flip[:, None] == 1, columns.flip(1), columns)
-    return rows[:, :, None] & columns[:, None]
+def inside(geometry: Sequence[int], height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of a crop [height, width] that show the image and are no padding."""
+    _, _, scaled_height, scaled_width, top, left, flip = geometry
+    shown = min(width, scaled_width - left)
+    columns = slice(width - shown, width) if flip else slice(0, shown)
+    return slice(0, min(height, scaled_height - top)), columns

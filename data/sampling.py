@@ -53,8 +53,8 @@ def rare_class_order(
     """int64 [positions, 2]: at each a class is drawn by its rarity, then an image among those that show it.
 
     `P(c) = softmax over c of (1 − f_c) / temperature`, f_c the class's share of the labelled pixels; classes
-    that never occur are left out. Images are drawn with replacement among those of `showing`. After DAFormer (Hoyer et
-    al. 2022, equation 10), which also draws crops again until they show the class, as data.rare_crop does.
+    that never occur are left out. Images are drawn with replacement among those of `showing`. After DAFormer
+    (Hoyer et al. 2022, equation 10), which also draws crops again until they show the class, as rare_crop does.
     """
     probabilities = rare_class_probabilities(counts, temperature)
     rng = _generator(seed, epoch)
