@@ -337,6 +337,10 @@ def make_cached(
             f"losses.{objective.needs_true_logits[0]}: compares logits across positions, and uint8 keeps of each "
             "pixel's only how far they are below the highest; give teacher.cache.storage=float16"
         )
+    if data.copy_paste:
+        raise ConfigurationError(
+            "data.copy_paste: the cache has not seen what is pasted; give teacher.source=live, or leave it out"
+        )
     whole = build_dataset(replace(data, size=said.size or data.size), "train")
     folder = Path(said.cache.folder or Path(said.run or f"runs/cache/{said.hub.replace('/', '--')}") / "cache")
     key = {
