@@ -14,6 +14,7 @@ import yaml
 import distill
 import evaluate
 import train_teacher
+from data import CITYSCAPES
 from engine.config import parse, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +86,11 @@ def test_teacher_to_student_to_table(call: Call, teacher: Path, tmp_path: Path) 
     values = next(event for event in events if event["split"] == "train")
     assert {"cross_entropy", "kd", "affinity", "fitnet", "attention_transfer", "lr"} <= values.keys()
     assert {"images_per_second", "process_memory_mib", "cpu_percent"} <= values["system"].keys()
+    assert 0 < values["system"]["waiting"] < 1
+    shares = {name.removeprefix("pixels."): value for name, value in values.items() if name.startswith("pixels.")}
+    assert list(shares) == list(CITYSCAPES.names)
+    assert 0.5 < sum(shares.values()) <= 1  # the rest has no label
+    assert shares["road"] > 0.1
 
     code, output = call(evaluate, teacher, student, "split=test", f"out={tmp_path / 'out' / 'mine'}", "pictures=2")
     assert code == 0

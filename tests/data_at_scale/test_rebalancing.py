@@ -148,6 +148,8 @@ def test_same_batches_from_any_number_of_workers_and_processes(scenes: Segmentat
     for workers in (1, 2):
         for batch, other in zip(expected, scenes.train_loader(**settings, workers=workers), strict=True):
             assert all(torch.equal(x, y) for x, y in zip(batch, other, strict=True))
+    for batch, other in zip(expected[1:], scenes.train_loader(**settings | {"start_step": 1}), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(batch, other, strict=True))
     for processes in (2, 4):
         ranks = [list(scenes.train_loader(**settings, rank=r, world_size=processes)) for r in range(processes)]
         for step, batch in enumerate(expected):

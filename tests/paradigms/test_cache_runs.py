@@ -54,6 +54,13 @@ def test_another_run_takes_what_is_there(forks: Forks, teacher: Path, whole: Pat
     assert weights(run) == weights(whole)
 
 
+def test_what_the_cache_has_not_seen_is_refused(forks: Forks, teacher: Path, tmp_path: Path) -> None:
+    outcome = forks.script(
+        "distill.py", str(teacher), f"run_dir={tmp_path / 'run'}", *CACHED, "data.copy_paste=0.5"
+    )
+    assert "error: data.copy_paste: the cache has not seen what is pasted; " in completed([outcome], 2)
+
+
 def test_another_teacher_is_refused_before_the_first_step(
     forks: Forks, teacher: Path, whole: Path, tmp_path: Path
 ) -> None:
