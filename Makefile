@@ -8,10 +8,11 @@ RECIPE := configs/camvid_students
 FOCUS := runs/camvid-focus
 ONLINE := runs/camvid-online
 ENTROPY := runs/high-entropy
+REBALANCING := runs/camvid-rebalancing
 CHECKED := models data losses engine evaluation deploy tests benchmarks notebooks *.py
 
 .PHONY: help setup setup-dev demo demo-clean test test-slow lint format camvid camvid-students camvid-focus
-.PHONY: camvid-online high-entropy benchmarks notebook clean
+.PHONY: camvid-online high-entropy camvid-rebalancing benchmarks notebook clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -123,6 +124,17 @@ high-entropy: setup  ## four teachers, three of high entropy, and what each teac
 	$(RUN) evaluate.py $(ENTROPY)/teacher $(ENTROPY)/label_smoothing $(ENTROPY)/confidence_penalty \
 		$(ENTROPY)/margin $(ENTROPY)/student_of_*-[0-9] split=test pictures=3 calibration_every=3 out=results/high-entropy
 
+camvid-rebalancing: setup  ## weights, sampling and copy-paste for rare classes, on real CamVid, two seeds; half an hour
+	for seed in 0 1; do \
+		$(RUN) train_teacher.py $(RECIPE)/recipe.yaml configs/camvid_rebalancing/student.yaml \
+			run_dir=$(REBALANCING)/none-$$seed seed=$$seed resume=true || exit; \
+		for name in weights rare_class copy_paste both all; do \
+			$(RUN) train_teacher.py $(RECIPE)/recipe.yaml configs/camvid_rebalancing/student.yaml \
+				configs/camvid_rebalancing/$$name.yaml run_dir=$(REBALANCING)/$$name-$$seed seed=$$seed resume=true || exit; \
+		done; \
+	done
+	$(RUN) evaluate.py $(REBALANCING)/*-[0-9] split=test pictures=3 calibration_every=3 out=results/camvid-rebalancing
+
 benchmarks: setup  ## time and memory of the parts that we wrote ourselves
 	$(RUN) benchmarks/losses.py
 	$(RUN) benchmarks/affinity.py
@@ -131,6 +143,7 @@ benchmarks: setup  ## time and memory of the parts that we wrote ourselves
 	$(RUN) benchmarks/models.py
 	$(RUN) benchmarks/cached_teacher.py
 	$(RUN) benchmarks/cached_teacher.py precision=fp32 output=results/cached_teacher_fp32.md
+	$(RUN) benchmarks/data.py
 
 notebook: setup-dev  ## make the notebooks' .ipynb from their .py
 	$(VENV)/bin/jupytext --to ipynb notebooks/*.py
