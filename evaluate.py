@@ -48,6 +48,7 @@ from evaluation.report import (
     decomposition_table,
     method_name,
     per_class_table,
+    seeds_by_class,
     seeds_table,
 )
 from models import SegmentationModel, load_model
@@ -233,6 +234,10 @@ def report(
     tables += f"{calibration_table(results)}\n\n"
     tables += f"IoU by class, {config.split}, {len(data)} images of {size}, in per cent:\n\n"
     tables += per_class_table(results)
+    if over_seeds:
+        tables += (
+            f"\n\nThe same over seeds, mean ± standard deviation:\n\n{seeds_by_class(results, data.labels.names)}"
+        )
     print(f"\n{tables}\n")
     if not config.out:
         return

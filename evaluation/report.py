@@ -78,14 +78,12 @@ def seeds_table(results: Sequence[Result]) -> str:
     The method of a result is its key `method`: equal for runs that differ in their seed alone. ± is the standard
     deviation over the seeds (n - 1). A method is named by what the names of its runs begin with.
     """
-    methods: dict[Any, list[Result]] = {}
-    for result in results:
-        methods.setdefault(result.get("method"), []).append(result)
-    if max(map(len, methods.values())) < 2:
+    methods = by_method(results)
+    if max(map(len, methods)) < 2:
         return ""
     shown = {"miou": "mIoU %", "pixel_accuracy": "pixel acc. %", "class_accuracy": "class acc. %"}
     rows = []
-    for runs in methods.values():
+    for runs in methods:
         row: dict[str, Any] = {"method": method_name([str(run["run"]) for run in runs])}
         row["seeds"] = len(runs)
         for key, heading in {"parameters": "params", "flops": "FLOPs"}.items():
@@ -100,6 +98,37 @@ def seeds_table(results: Sequence[Result]) -> str:
         row["training"] = duration(statistics.mean(times)) if times else ABSENT
         rows.append(row)
     return table(rows)
+
+
+def seeds_by_class(results: Sequence[Result], classes: Sequence[str]) -> str:
+    """IoU in percent of every class (rows) by every method (columns), mean ± standard deviation over its seeds.
+
+    Methods are told apart as in `seeds_table`; "" where no method has two seeds.
+    """
+    methods = by_method(results)
+    if max(map(len, methods)) < 2:
+        return ""
+
+    def spread(values: list[Any]) -> str:
+        if any(_is_absent(value) for value in values):
+            return ABSENT
+        shown = f"{100 * statistics.mean(values):.1f}"
+        return f"{shown} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else shown
+
+    columns = {method_name([str(run["run"]) for run in runs]): runs for runs in methods}
+    rows = [
+        {"class": c} | {m: spread([run["iou"][c] for run in runs]) for m, runs in columns.items()} for c in classes
+    ]
+    rows.append({"class": "mean"} | {m: spread([run["miou"] for run in runs]) for m, runs in columns.items()})
+    return table(rows, ["class", *columns])
+
+
+def by_method(results: Sequence[Result]) -> list[list[Result]]:
+    """The results of each method, by their key `method`."""
+    methods: dict[Any, list[Result]] = {}
+    for result in results:
+        methods.setdefault(result.get("method"), []).append(result)
+    return list(methods.values())
 
 
 def method_name(runs: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from evaluation.report import (
     method_name,
     per_class_table,
     quantity,
+    seeds_by_class,
     seeds_table,
     significant,
     table,
@@ -112,6 +113,23 @@ def test_seeds_of_a_method_are_summed_up() -> None:
     assert cells[0] == ["x/kd", "2", "491 k", "1.03 G", *scores, "10.4", "1.00 min"]
     assert cells[1] == ["x/kta-0", "1", "–", "–", "50.00", "50.00", "25.00", "–", "–"]
     assert seeds_table(runs[:2]) == ""
+
+
+def test_classes_over_seeds() -> None:
+    def result(run: str, method: str, sky: float | None) -> dict[str, Any]:
+        return {"run": run, "method": method, "miou": 0.5, "iou": {"sky": sky, "pole": 0.25}}
+
+    runs = [
+        result("x/a-0", "a", 0.4),
+        result("x/a-1", "a", 0.42),
+        result("x/b-0", "b", 0.3),
+        result("c", "c", None),
+    ]
+    rows = cells(seeds_by_class(runs, ["sky", "pole"]))
+    assert rows[0] == ["class", "x/a", "x/b-0", "c"]
+    assert rows[2:] == [["sky", "41.0 ± 1.4", "30.0", "–"], ["pole", "25.0 ± 0.0", "25.0", "25.0"],
+                        ["mean", "50.0 ± 0.0", "50.0", "50.0"]]  # fmt: skip
+    assert seeds_by_class(runs[2:], ["sky"]) == ""
 
 
 def test_classes_of_several_runs() -> None:
