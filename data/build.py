@@ -1,17 +1,21 @@
 """From a configuration to a data set: DataConfig and build_dataset."""
 
 import hashlib
+import math
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from data import bdd100k, camvid, cityscapes
+from data import bdd100k, camvid, cityscapes, folder
 from data.dataset import FileData, SegmentationData, Settings, count_classes
 from data.files import Pair
+from data.huggingface import open_huggingface
 from data.labels import CAMVID, CITYSCAPES, Labels, camvid_table, label_id_table, train_id_table
+from data.mixed import MixConfig, MixedData, Name, Source
 from data.transforms import Size
 from errors import ConfigurationError
 
@@ -25,10 +29,20 @@ STREETS_FIRST = {"train": 0, "val": 10_000_000, "test": 20_000_000}  # so that n
 class DataConfig:
     """Which images, and how training samples are made of them."""
 
-    name: Literal["streets", "camvid", "cityscapes", "bdd100k"] = "streets"
-    """The data set; streets is drawn by the program and needs no files."""
+    name: Name = "streets"
+    """The data set; streets is drawn by the program and needs no files, folder is one of your own, huggingface one
+    of the library datasets."""
     root: str = ""
-    """Folder of the data set; camvid takes the environment variable CAMVID_ROOT if this is empty."""
+    """Folder of the data set; camvid takes the environment variable CAMVID_ROOT if this is empty, huggingface a
+    folder of save_to_disk or a name on the Hub, owner/name."""
+    classes: str = ""
+    """folder, huggingface: YAML file with the names of the classes; folder takes classes.yaml in data.root if this
+    is empty. See data/folder.py."""
+    mix: list[MixConfig] = field(default_factory=list)
+    """Further sources of training images, [{name: bdd100k, root: FOLDER, weight: 0.5}, {root: FOLDER, unlabelled:
+    true}]; validation and test are those of `name` alone."""
+    mix_weight: float = 1.0
+    """Share of `name` itself in an epoch, relative to the weights in data.mix."""
     size: list[int] | None = None
     """[height, width] that images are resized to before all else (streets: drawn at, 128x256 if null); labels stay
     at their own size in evaluation."""
@@ -108,6 +122,25 @@ class DataConfig:
         for key, least in (("workers", 0), ("scenes", 4), ("streets_seed", 0)):
             if getattr(self, key) < least:
                 _fail(key, getattr(self, key), f"give a whole number of at least {least}")
+        self.mix = [MixConfig(**one) if isinstance(one, dict) else one for one in self.mix]
+        for number, one in enumerate(self.mix):
+            _check_mix(f"data.mix[{number}]", one)
+        if not 0 < self.mix_weight < math.inf:
+            _fail("mix_weight", self.mix_weight, "give a number above 0")
+
+
+def _check_mix(key: str, one: MixConfig) -> None:
+    if not 0 < one.weight < math.inf:
+        raise ConfigurationError(f"{key}.weight: {one.weight} is not possible; give a number above 0")
+    if one.name is None and not one.unlabelled:
+        raise ConfigurationError(f"{key}.name: is missing; name the data set, or say unlabelled: true")
+    if one.unlabelled:  # or all files of a data set, its masks too, would be taken for images
+        for other in ("name", "classes", "split"):
+            if getattr(one, other) != getattr(MixConfig(), other):
+                raise ConfigurationError(
+                    f"{key}.{other}: says nothing of unlabelled images, which are all those in the folder `root` "
+                    "and below it; leave it out"
+                )
 
 
 def _fail(key: str, value: object, advice: str) -> None:
@@ -142,10 +175,40 @@ def build_dataset(config: DataConfig, split: Split) -> SegmentationData:
     )
     if split not in STREETS_FIRST:
         raise ConfigurationError(f"split: {split!r} is unknown; choose train, val or test")
+    if split == "train" and config.mix:
+        return _mix(config, settings)
     if config.name == "streets":
         return StreetsData(config, split, settings)
+    if config.name == "huggingface":
+        return open_huggingface(config.root, config.classes, split, settings)
     files = find_files(config, split)
     return FileData(split, files.labels, files.pairs, files.table, settings, files.root)
+
+
+def _mix(config: DataConfig, settings: Settings) -> MixedData:
+    """The training images of the data set itself and of all others that are mixed with it."""
+    first = build_dataset(replace(config, mix=[]), "train")
+    sources = [Source(config.name, first, config.mix_weight)]
+    for number, one in enumerate(config.mix):
+        key = f"data.mix[{number}]"
+        if one.unlabelled:
+            called, path = "unlabelled", Path(one.root).expanduser()
+            if not one.root or not path.is_dir():
+                raise ConfigurationError(f"{key}.root: there is no folder {one.root!r}; name that of the images")
+            data: SegmentationData = folder.UnlabelledData(path, first.labels, settings)
+        else:
+            assert one.name is not None
+            called = one.name
+            packed = config.packed and called not in ("streets", "huggingface")
+            part = replace(config, name=called, root=one.root, classes=one.classes, packed=packed, mix=[])
+            part.packed_folder = ""
+            try:
+                data = build_dataset(part, one.split)
+            except ConfigurationError as error:
+                raise ConfigurationError(re.sub(r"^data\.", f"{key}.", str(error))) from error
+        again = sum(source.called.partition("-")[0] == called for source in sources)
+        sources.append(Source(f"{called}-{again + 1}" if again else called, data, one.weight))
+    return MixedData(sources, settings)
 
 
 class Files(NamedTuple):
@@ -160,9 +223,14 @@ class Files(NamedTuple):
 
 def find_files(config: DataConfig, split: Split) -> Files:
     """The images of a split with their labels. Raises ConfigurationError naming the key, file or folder."""
+    if config.name == "huggingface":
+        raise ConfigurationError("data.name: huggingface has no files of images and labels; export it as a folder")
     root = find_root(config)
     if config.name == "camvid":
         return Files(root, camvid.find_pairs(root, split), CAMVID, camvid_table())
+    if config.name == "folder":
+        file = Path(config.classes).expanduser() if config.classes else root / "classes.yaml"
+        return Files(root, folder.find_pairs(root, split), *folder.read_classes(file))
     if config.name == "cityscapes":
         pairs, label_ids = cityscapes.find_pairs(root, split)
         table = label_id_table() if label_ids else train_id_table(len(CITYSCAPES))

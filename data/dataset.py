@@ -104,6 +104,9 @@ EVALUATION = -1  # as a key's epoch: the whole image, no augmentation, the label
 class SegmentationData(Dataset[Batch], ABC):
     """Images with labels of one split. A reader gives `read`, `manifest_hash` and `_count_key`."""
 
+    unlabelled = False
+    """Whether there are images without labels, of which only a teacher can speak."""
+
     def __init__(self, split: str, labels: Labels, names: list[str], settings: Settings) -> None:
         self.split = split
         self.labels = labels

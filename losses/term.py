@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from errors import ConfigurationError
 
 IGNORE_INDEX = 255
+UNLABELLED = 253  # of all pixels of an image that has no label, of which only a teacher can speak
 
 
 class ModelOutput(Protocol):
