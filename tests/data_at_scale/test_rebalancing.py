@@ -31,8 +31,8 @@ IMAGES, EPOCHS = 40, 200
 
 @pytest.fixture
 def counts() -> np.ndarray:
-    """40 images of 10 000 pixels: class 1 in 25 of them, in five of these a speck, class 2 in five, class 3 in one,
-    class 4 in none."""
+    """40 images of 10 000 pixels: class 1 in 25 of them, in five of these a speck, class 2 in five, class 3 in
+    one, class 4 in none."""
     found = np.zeros((IMAGES, 6), np.int64)
     found[:20, 1] = 1500
     found[20:25, 1] = 5
