@@ -177,6 +177,10 @@ def build_dataset(config: DataConfig, split: Split) -> SegmentationData:
         raise ConfigurationError(f"split: {split!r} is unknown; choose train, val or test")
     if split == "train" and config.mix:
         return _mix(config, settings)
+    if config.packed:
+        from data.packed import PackedData  # which writes what this module reads
+
+        return PackedData(config, split, settings)
     if config.name == "streets":
         return StreetsData(config, split, settings)
     if config.name == "huggingface":

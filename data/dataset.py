@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from data import statistics, transforms
 from data.device import finish_images
@@ -148,19 +148,36 @@ class SegmentationData(Dataset[Batch], ABC):
         An epoch of -1 asks for the image as in evaluation: whole, resized to `size` if that is set, not
         augmented, with its label at label size.
         """
-        key, settings = Key(*key), self.settings
-        cut = self._pixels(key, seed)
-        table = self._plain_table
-        if cut.appearance != transforms.Appearance():
-            table = transforms.colour_table(settings.mean, settings.std, cut.appearance)
-        image = transforms.finish_image(cut.part, cut.crop, cut.geometry.flip, table, cut.appearance)
-        return self._sample(key, cut, image, cut.label.astype(np.int64))
+        return Batch(*(field[0] for field in self.batch([key], seed=seed)))
 
     def unfinished(self, key: Key, *, seed: int) -> Batch:
         """The same before `finish`: image uint8 [H, W, 3], padded with 0, and label uint8."""
-        key = Key(*key)
-        cut = self._pixels(key, seed)
-        return self._sample(key, cut, transforms.pad_image(cut.part, cut.crop, cut.geometry.flip), cut.label)
+        return Batch(*(field[0] for field in self.batch([key], seed=seed, finished=False)))
+
+    def batch(self, keys: Sequence[Key], *, seed: int, finished: bool = True) -> Batch:
+        """Several samples stacked, or what is `unfinished` of them."""
+        keys, settings = [Key(*key) for key in keys], self.settings
+        cuts = [self._pixels(key, seed) for key in keys]
+        labels = np.stack([cut.label for cut in cuts])
+        if finished:
+            images = np.empty((len(cuts), 3, *cuts[0].crop), np.float32)
+            labels = labels.astype(np.int64)
+            for cut, image in zip(cuts, images, strict=True):
+                table = self._plain_table
+                if cut.appearance != transforms.Appearance():
+                    table = transforms.colour_table(settings.mean, settings.std, cut.appearance)
+                transforms.finish_image(cut.part, cut.crop, cut.geometry.flip, table, cut.appearance, image)
+        else:
+            images = np.stack([transforms.pad_image(cut.part, cut.crop, cut.geometry.flip) for cut in cuts])
+        return Batch(
+            images=torch.from_numpy(images),
+            labels=torch.from_numpy(labels),
+            index=torch.tensor([key.index for key in keys]),
+            position=torch.tensor([key.position for key in keys]),
+            geometry=torch.tensor([cut.geometry for cut in cuts], dtype=torch.int64),
+            appearance=torch.tensor(np.stack([np.hstack(cut.appearance) for cut in cuts]), dtype=torch.float64),
+            pixels=torch.from_numpy(np.stack([count_classes(cut.label, len(self.labels)) for cut in cuts])),
+        )
 
     def finish(self, batch: Batch) -> Batch:
         """What `unfinished` left to do, on the batch's device; a finished batch stays as it is.
@@ -173,17 +190,6 @@ class SegmentationData(Dataset[Batch], ABC):
             batch.images, batch.geometry, batch.appearance, self.settings.mean, self.settings.std
         )
         return batch._replace(images=images, labels=batch.labels.long())
-
-    def _sample(self, key: Key, cut: "Cut", image: np.ndarray, label: np.ndarray) -> Batch:
-        return Batch(
-            images=torch.from_numpy(image),
-            labels=torch.from_numpy(label),
-            index=torch.tensor(key.index),
-            position=torch.tensor(key.position),
-            geometry=torch.tensor(cut.geometry, dtype=torch.int64),
-            appearance=torch.tensor(np.hstack(cut.appearance), dtype=torch.float64),
-            pixels=torch.from_numpy(count_classes(cut.label, len(self.labels))),
-        )
 
     def _pixels(self, key: Key, seed: int) -> "Cut":
         """The pixels of a sample."""
@@ -394,19 +400,37 @@ class FileData(SegmentationData):
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         pair = self.pairs[index]
-        image = read_image(pair.image)
+        height, width = self.sizes[index].tolist()
+        reduction = self._reduction(height, width)
+        image = read_image(pair.image, reduction)
         label = read_label(pair.label, self.table)
-        height, width = self._facts[index, :2]
-        for path, found in ((pair.image, image), (pair.label, label)):
-            if found.shape[:2] != (height, width):
+        reduced = -(-height // reduction), -(-width // reduction)  # but for PNGs
+        for path, found, allowed in ((pair.image, image, reduced), (pair.label, label, (height, width))):
+            if found.shape[:2] not in (allowed, (height, width)):
                 raise ConfigurationError(
                     f"{path}: is {found.shape[1]}x{found.shape[0]} but was {width}x{height} when the data set was "
                     "opened; leave the files alone during a run"
                 )
         return image, label
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [N, 2], height and width of the images as they are on disk."""
+        return self._facts[:, :2]
+
+    def _reduction(self, height: int, width: int) -> int:
+        """By how much a JPEG may be decoded smaller: what of 8, 4, 2 and 1 first leaves data.size."""
+        size = self.settings.size
+        if size is None or not self.settings.reduced_decoding:
+            return 1
+        return next(
+            (n for n in (8, 4, 2) if -(-height // n) >= size[0] and -(-width // n) >= size[1]),
+            1,
+        )
+
     def manifest_hash(self) -> str:
-        digest = hashlib.sha256(f"{self.split} {len(self)}\n".encode())
+        reduced = " reduced" if self.settings.reduced_decoding and self.settings.size else ""
+        digest = hashlib.sha256(f"{self.split} {len(self)}{reduced}\n".encode())
         for name, facts in zip(self.names, self._facts.tolist(), strict=True):
             digest.update(f"{name} {facts}\n".encode())
         return digest.hexdigest()
@@ -429,7 +453,9 @@ class FileData(SegmentationData):
 
 def count_classes(label: np.ndarray, classes: int) -> np.ndarray:
     """int64 [classes+1] of a label of trainIds: pixels per class, and in the last place all others."""
-    values = cv2.calcHist([label], [0], None, [256], [0, 256]).ravel().astype(np.int64)  # exact up to 2^24 pixels
+    flat = label.ravel()
+    ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), flat.size - 1)  # of runs, of which labels are made
+    values = np.bincount(flat[ends], np.diff(ends, prepend=-1), 256).astype(np.int64)  # exact up to 2^53 pixels
     return np.append(values[:classes], values[classes:].sum())
 
 
@@ -440,19 +466,16 @@ class _Guarded(Dataset[Any]):
     def __init__(self, data: SegmentationData, seed: int) -> None:
         self.data, self.seed = data, seed
 
-    def __getitem__(self, key: Key) -> Batch | str:
-        data = self.data
+    def __getitems__(self, keys: list[Key]) -> Batch | str:
+        """The whole batch, which the loader's collate_fn has only to hand on."""
         try:
-            return (data.unfinished if data.settings.finish_on_device else data.sample)(key, seed=self.seed)
+            return self.data.batch(keys, seed=self.seed, finished=not self.data.settings.finish_on_device)
         except ConfigurationError as error:
             return str(error)
 
 
-def _collate(samples: list[Any]) -> Any:
-    for sample in samples:
-        if isinstance(sample, str):
-            return sample
-    return default_collate(samples)
+def _hand_on(batch: Any) -> Any:
+    return batch
 
 
 def _start_worker(worker: int) -> None:
@@ -493,7 +516,7 @@ def _loader(data: SegmentationData, seed: int, sampler: Any, workers: int, pin_m
         _Guarded(data, seed),
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=_hand_on,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(seed),  # or it would draw from, and so change, torch's own state

@@ -27,6 +27,12 @@ _PNG_END = b"IEND\xaeB`\x82"
 _JPEG_START = b"\xff\xd8\xff"
 _JPEG_END = b"\xff\xd9"
 _HEAD = 33  # PNG's signature and IHDR chunk
+_DECODING = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 _TAIL = 1024  # some writers append a few bytes after the end marker
 
 Size = tuple[int, int]  # height, width
@@ -168,13 +174,25 @@ def check_pairs(pairs: Sequence[Pair]) -> np.ndarray:
     return np.array(list(map_threads(check, pairs)), np.int64).reshape(-1, 4)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3] RGB. Raises ConfigurationError naming the file."""
+def is_jpeg(data: bytes) -> bool:
+    """Whether a file of these bytes is a JPEG."""
+    return data.startswith(_JPEG_START)
+
+
+def read_image(path: Path, reduction: int = 1) -> np.ndarray:
+    """uint8 [H, W, 3] RGB; a JPEG at a half, a quarter or an eighth of its size, rounded up, for a `reduction` of
+    2, 4 or 8. Raises ConfigurationError naming the file."""
     data = read_bytes(path)
     _check_frame(path, data[:_HEAD], data[-_TAIL:], not data)
+    return decode_image(path, np.frombuffer(data, np.uint8), reduction if is_jpeg(data) else 1)
+
+
+def decode_image(path: Path, data: np.ndarray, reduction: int = 1) -> np.ndarray:
+    """As read_image, of bytes that stand in a file."""
     # the orientation is refused by check_file; here it is ignored, so that the pixels never turn silently
+    flags = _DECODING[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(data, flags)
     except cv2.error as error:
         raise ConfigurationError(f"{path}: cannot be decoded; copy it again") from error
     if image is None:

@@ -101,13 +101,29 @@ def crop_image(image: np.ndarray, geometry: Geometry, crop: Size) -> np.ndarray:
         # output pixel (i, j) has its centre at ((top+i+½)·y − ½, (left+j+½)·x − ½) of the source
         matrix = np.array([[x, 0, (left + 0.5) * x - 0.5], [0, y, (top + 0.5) * y - 0.5]])
         part = cv2.warpAffine(
-            image,
+            _with_alpha(image, matrix, height, width),
             matrix,
             (width, height),
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REPLICATE,
         )
+        part = cv2.cvtColor(part, cv2.COLOR_RGBA2RGB)
     return cv2.flip(part, 1) if geometry.flip else part
+
+
+def _with_alpha(image: np.ndarray, matrix: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, 4], undefined but where a crop of so many pixels needs it, and one pixel around.
+
+    OpenCV warps four channels in a third of the time that it takes for three. They stay in their places, for with
+    other coordinates the rounding would be another.
+    """
+    steps, starts = np.diag(matrix)[::-1], matrix[::-1, 2]
+    first = np.maximum(np.floor(starts).astype(int) - 1, 0)
+    beyond = np.ceil(starts + steps * (height - 1, width - 1)).astype(int) + 2
+    needed = np.s_[first[0] : beyond[0], first[1] : beyond[1]]
+    wide = np.empty((*image.shape[:2], 4), np.uint8)
+    cv2.cvtColor(image[needed], cv2.COLOR_RGB2RGBA, dst=wide[needed])
+    return wide
 
 
 def seek(
@@ -228,20 +244,27 @@ def pad_image(part: np.ndarray, crop: Size, flip: int) -> np.ndarray:
     return np.ascontiguousarray(part)
 
 
-def finish_image(part: np.ndarray, crop: Size, flip: int, table: np.ndarray, appearance: Appearance) -> np.ndarray:
-    """float32 [3, crop height, crop width]: saturation, blur and colour table on uint8 [h, w, 3] RGB, then the
-    padding with 0, which is the mean, at the side away from the image."""
+def finish_image(
+    part: np.ndarray,
+    crop: Size,
+    flip: int,
+    table: np.ndarray,
+    appearance: Appearance,
+    image: np.ndarray | None = None,
+) -> np.ndarray:
+    """float32 [3, crop height, crop width], in `image` if it is given: saturation, blur and colour table on uint8
+    [h, w, 3] RGB, then the padding with 0, which is the mean, at the side away from the image."""
     if appearance.saturation != 1:
         grey = cv2.cvtColor(cv2.cvtColor(part, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         part = cv2.addWeighted(part, appearance.saturation, grey, 1 - appearance.saturation, 0)
     if appearance.sigma > 0:
         part = cv2.GaussianBlur(part, (5, 5), appearance.sigma)
     height, width = part.shape[:2]
-    padded = (height, width) != crop
-    image = np.zeros((3, *crop), np.float32) if padded else np.empty((3, *crop), np.float32)
+    if image is None:
+        image = np.empty((3, *crop), np.float32)
+    if (height, width) != crop:
+        image[:] = 0
     left = crop[1] - width if flip else 0
-    for channel in range(3):
-        image[channel, :height, left : left + width] = cv2.LUT(
-            np.ascontiguousarray(part[:, :, channel]), table[channel]
-        )
+    for channel, values in enumerate(cv2.split(part)):
+        cv2.LUT(values, table[channel], dst=image[channel, :height, left : left + width])
     return image

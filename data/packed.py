@@ -1,0 +1,411 @@
+"""Packed data: the images of a split decoded once, in shards that are read through memory maps.
+
+    FOLDER/                  {data.packed_folder, or packed in data.root}/{split}_{form}, _{H}x{W} if resized
+        shard_00012.bin      consecutive images, each with its label behind it, both at multiples of 64 bytes
+                             raw   uint8 [H, W, 3] RGB, uint8 [h, w] trainIds
+                             jpeg  the bytes of a JPEG, the trainIds under zlib
+        shard_00012.json     where each stands, label counts, SHA-256 of the source's files and of the shard
+        manifest.json        what was packed, SHA-256 of the indexes and of itself; written last
+
+Images are at data.size where that is set, labels at their own. A file is written under a temporary name, synced
+and renamed, and its bytes depend on the source alone: a packing that was cut off goes on with what is missing.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from data.build import DataConfig, Split, build_dataset, find_files, find_root
+from data.dataset import FileData, SegmentationData, Settings, count_classes
+from data.files import decode_image, is_jpeg, map_threads, read_bytes
+from data.labels import Labels
+from data.processes import map_processes
+from data.transforms import resize_image
+from errors import ConfigurationError, DamagedFileError, MachineError
+
+FORMAT = 1
+ALIGNMENT = 64
+SHARD, MOST_SHARDS = 64, 500  # images a shard, or more where so many maps would take too many file handles
+QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+SAMPLED = 8  # images by which the size of the jpeg form is estimated
+MANIFEST = "manifest.json"
+
+
+def pack_folder(config: DataConfig, split: str) -> Path:
+    """Where a split's packed files are. Raises ConfigurationError where the configuration does not say."""
+    parent = Path(config.packed_folder).expanduser() if config.packed_folder else find_root(config) / "packed"
+    size = "" if config.size is None else f"_{config.size[0]}x{config.size[1]}"
+    return parent / f"{split}_{config.packed_form}{size}"
+
+
+def pack_command(config: DataConfig) -> str:
+    """The command that packs what the configuration names."""
+    words = [f"data.name={config.name}", f"data.root={config.root}" if config.root else ""]
+    words += [f"data.classes={config.classes}" if config.classes else ""]
+    words += ["data.packed_form=jpeg" if config.packed_form == "jpeg" else ""]
+    words += [f"data.packed_folder={config.packed_folder}" if config.packed_folder else ""]
+    size = f" data.size=[{config.size[0]},{config.size[1]}]" if config.size else ""
+    return "python inspect_data.py pack=true " + shlex.join(word for word in words if word) + size
+
+
+# -------------------------------------------------------------------------------------------------- writing
+
+
+class Pack(NamedTuple):
+    """What is packed, and where to."""
+
+    data: FileData
+    folder: Path
+    key: dict[str, Any]
+    """What the packed files depend on; it stands in the manifest, and its hash in each index."""
+
+    @property
+    def shards(self) -> range:
+        return range(-(-len(self.data) // self.key["shard"]))
+
+    def indices(self, shard: int) -> range:
+        """The images of a shard."""
+        number = self.key["shard"]
+        return range(shard * number, min(len(self.data), (shard + 1) * number))
+
+    def encode(self, index: int) -> tuple[np.ndarray, np.ndarray, bytes, bytes]:
+        """An image and its label, and the bytes that are kept of each."""
+        image, label = self.data.read(index)
+        resized = image if self.key["size"] is None else resize_image(image, tuple(self.key["size"]))
+        if self.key["form"] == "raw":
+            return resized, label, resized.tobytes(), label.tobytes()
+        kept = read_bytes(self.data.pairs[index].image)
+        if resized.shape != image.shape or not is_jpeg(kept):
+            kept = cv2.imencode(".jpg", cv2.cvtColor(resized, cv2.COLOR_RGB2BGR), QUALITY)[1].tobytes()
+        return resized, label, kept, zlib.compress(label.tobytes())
+
+    def estimate(self) -> tuple[int, str]:
+        """Bytes of all shards, and that in words."""
+        if self.key["form"] == "raw":
+            sizes = [(self.key["size"] or size, size) for size in self.data.sizes.tolist()]
+            total = sum(aligned(3 * h * w) + aligned(rows * columns) for (h, w), (rows, columns) in sizes)
+            return total, f"{total:,} bytes"
+        some = np.unique(np.linspace(0, len(self.data) - 1, SAMPLED).round().astype(int)).tolist()
+        kept = sum(map_threads(lambda i: sum(aligned(len(part)) for part in self.encode(i)[2:]), some))
+        total = round(kept / len(some) * len(self.data))
+        return total, f"about {total:,} bytes, by a sample of {len(some)}"
+
+
+def write_pack(config: DataConfig, split: Split, workers: int = 0, say: Callable[[str], None] = print) -> Path:
+    """Packs a split as `config` names it, or what is missing of it; returns the folder.
+
+    Args:
+        workers: processes that write a shard each; 0 takes as many as there are cores.
+        say: takes the lines that tell of the folder and its size.
+
+    Raises:
+        ConfigurationError: the source is wrong, or the folder can't be written to.
+        DamagedFileError: the folder holds what was packed of other files, or is damaged.
+        MachineError: there is no room, or a worker was killed. Whole shards stay, to go on with.
+    """
+    data = build_dataset(replace(config, packed=False, reduced_decoding=False, mix=[]), split)
+    if not isinstance(data, FileData):
+        raise ConfigurationError(f"data.name: {config.name} has no files to pack; name a data set that has")
+    pack = Pack(data, pack_folder(config, split), _key(config, data))
+    folder, number = pack.folder, len(data)
+    whole = [shard for shard in pack.shards if all(path.is_file() for path in _paths(folder, shard))]
+    if _is_finished(pack, whole):
+        say(f"{folder}: is packed already, {number} images; read them by data.packed=true")
+        return folder
+    total, words = pack.estimate()
+    needed = total - sum(_paths(folder, shard)[0].stat().st_size for shard in whole)
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    lossy = " (lossy where a source is no JPEG of that size)" if config.packed_form == "jpeg" else ""
+    rest = f"; {len(whole)} of {len(pack.shards)} shards are there" if whole else ""
+    say(f"{folder}: {number} images as {config.packed_form}{lossy}: {words}{rest}; {free:,} bytes are free")
+    if free < needed:
+        raise MachineError(
+            f"{folder}: {needed:,} bytes are needed and {free:,} are free; free some space, name another "
+            "data.packed_folder, set data.size or give data.packed_form=jpeg"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = [shard for shard in pack.shards if shard not in whole]
+        write = partial(_write_shard, pack)
+        for _ in map_processes(write, missing, workers=workers, desc=f"pack {split}", unit="shard"):
+            pass
+        indexes = [_sha256(_paths(folder, shard)[1]) for shard in pack.shards]
+        content = pack.key | {"indexes": indexes}
+        with _written(folder / MANIFEST) as file:
+            file.write(_text(content | {"sha256": _digest(content)}))
+    except OSError as error:
+        raise _user_error(error, folder) from error
+    say(f"{folder}: {number} images are packed; read them by data.packed=true")
+    return folder
+
+
+def _key(config: DataConfig, data: FileData) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "name": config.name,
+        "split": data.split,
+        "form": config.packed_form,
+        "size": config.size,
+        "images": len(data),
+        "shard": max(SHARD, -(-len(data) // MOST_SHARDS)),
+        "classes": list(data.labels.names),
+        "colours": [list(colour) for colour in data.labels.colours],
+        "values": hashlib.sha256(data.table.tobytes()).hexdigest(),
+        "source": data.manifest_hash(),
+    }
+
+
+def _is_finished(pack: Pack, whole: list[int]) -> bool:
+    """Whether nothing is missing. Raises DamagedFileError where what is there was packed of something else."""
+    advice = f"delete {pack.folder} to pack anew, or name another data.packed_folder"
+    other = f"{pack.folder}: was packed of other files or in another way; {advice}"
+    for shard in whole:
+        if _load(_paths(pack.folder, shard)[1], advice).get("key") != _digest(pack.key):
+            raise DamagedFileError(other)
+    if not (pack.folder / MANIFEST).exists():
+        return False
+    manifest = _load_manifest(pack.folder, advice)
+    if {name: manifest.get(name) for name in pack.key} != pack.key:
+        raise DamagedFileError(other)
+    return len(whole) == len(pack.shards)
+
+
+def _write_shard(pack: Pack, shard: int) -> None:
+    """One shard and then its index, by which it is whole."""
+    path, index_path = _paths(pack.folder, shard)
+    images, digest, offset = [], hashlib.sha256(), 0
+    try:
+        with _written(path) as file:
+            for index in pack.indices(shard):
+                image, label, *kept = pack.encode(index)
+                places = []
+                for array, data in zip((image, label), kept, strict=True):
+                    places.append([offset, len(data), *array.shape[:2]])
+                    padded = data + bytes(aligned(len(data)) - len(data))
+                    file.write(padded)
+                    digest.update(padded)
+                    offset += len(padded)
+                pair = pack.data.pairs[index]
+                images.append(
+                    {
+                        "name": pair.name,
+                        "image": places[0],
+                        "label": places[1],
+                        "counts": count_classes(label, len(pack.data.labels)).tolist(),
+                        "source": [[one.stat().st_size, _sha256(one)] for one in (pair.image, pair.label)],
+                    }
+                )
+        content = {"key": _digest(pack.key), "bytes": offset, "sha256": digest.hexdigest(), "images": images}
+        with _written(index_path) as file:
+            file.write(_text(content))
+    except OSError as error:
+        raise _user_error(error, path) from error
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is there once it is whole: written under another name, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _user_error(error: OSError, path: Path) -> Exception:
+    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) or error.errno == errno.EROFS:
+        return ConfigurationError(
+            f"data.packed_folder: can't write {path} ({error.strerror}); name another folder"
+        )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = "free some space and pack again, whole shards stay" if full else "check the disk"
+    return MachineError(f"{path}: {error.strerror}; {advice}")
+
+
+def aligned(number: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return number + -number % ALIGNMENT
+
+
+def _paths(folder: Path, shard: int) -> tuple[Path, Path]:
+    """A shard and its index."""
+    return folder / f"shard_{shard:05d}.bin", folder / f"shard_{shard:05d}.json"
+
+
+def _text(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content) + "\n").encode()
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(_text(content)).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+def _load(path: Path, advice: str) -> dict[str, Any]:
+    """A JSON object. Raises DamagedFileError."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedFileError(f"{path}: is damaged ({error}); {advice}") from error
+
+
+def _load_manifest(folder: Path, advice: str) -> dict[str, Any]:
+    """The manifest without its hash. Raises DamagedFileError where that is not its own."""
+    path = folder / MANIFEST
+    content = _load(path, advice)
+    if content.get("format", FORMAT) != FORMAT:
+        raise DamagedFileError(f"{path}: is of format {content['format']}, not {FORMAT}; {advice}")
+    said = content.pop("sha256", None)
+    if said != _digest(content) or path.read_bytes() != _text(content | {"sha256": said}):
+        raise DamagedFileError(f"{path}: is damaged; {advice}")
+    return content
+
+
+class PackedData(SegmentationData):
+    """A packed split. Pixels are views of a memory map (raw) or decoded from one (jpeg).
+
+    Every shard is compared with its SHA-256, and the names and sizes of the source's files with those that were
+    packed; with data.packed_folder and without data.root there need be no source.
+
+    Raises:
+        ConfigurationError: nothing was packed, or not all of it.
+        DamagedFileError: the packed files are damaged, of another format or of other files.
+    """
+
+    def __init__(self, config: DataConfig, split: Split, settings: Settings) -> None:
+        if config.name in ("streets", "huggingface"):
+            raise ConfigurationError(f"data.packed: {config.name} has no files to pack; leave it out")
+        self.folder = folder = pack_folder(config, split)
+        self.form = config.packed_form
+        command = pack_command(config)
+        if not (folder / MANIFEST).is_file():
+            state = "holds no finished pack" if folder.is_dir() else "there is no such folder"
+            raise ConfigurationError(f"{folder}: {state}; pack the images by {command}")
+        anew = f"delete {folder} and pack again by {command}"
+        self.manifest = _load_manifest(folder, anew)
+        wanted = {"name": config.name, "split": split, "form": config.packed_form, "size": config.size}
+        for name, value in wanted.items():
+            if self.manifest[name] != value:
+                raise DamagedFileError(
+                    f"{folder}: was packed with {name} {self.manifest[name]}, not {value}; {anew}"
+                )
+        images = [image for content in self._verify(command) for image in content["images"]]
+        colours = tuple((red, green, blue) for red, green, blue in self.manifest["colours"])
+        labels = Labels(tuple(self.manifest["classes"]), colours)
+        super().__init__(split, labels, [image["name"] for image in images], settings)
+        self._places = np.array([[image["image"], image["label"]] for image in images], np.int64)  # [N, 2, 4]
+        self._counts = np.array([image["counts"] for image in images], np.int64)
+        self._maps: dict[int, np.ndarray] = {}
+        if config.root or not config.packed_folder:
+            self._compare(config, split, [[size for size, _ in image["source"]] for image in images], anew)
+
+    def _verify(self, command: str) -> list[dict[str, Any]]:
+        """The indexes, after every file was compared with its SHA-256."""
+
+        def check(item: tuple[int, str]) -> dict[str, Any]:
+            path, index_path = _paths(self.folder, item[0])
+            advice = f"delete {path} and {index_path.name}, then pack again by {command}"
+            content = _load(index_path, advice)
+            try:
+                found = _sha256(index_path), path.stat().st_size, _sha256(path)
+            except OSError as error:
+                raise DamagedFileError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
+            if found[0] != item[1]:
+                raise DamagedFileError(f"{index_path}: is damaged, its SHA-256 is another; {advice}")
+            if found[1:] != (content["bytes"], content["sha256"]):
+                raise DamagedFileError(f"{path}: is damaged, its SHA-256 is another; {advice}")
+            return content
+
+        shards = list(enumerate(self.manifest["indexes"]))
+        hidden = len(shards) < 8 or os.environ.get("RANK", "0") != "0"
+        bar = {"total": len(shards), "unit": "shard", "desc": "check the pack", "dynamic_ncols": True}
+        return list(tqdm(map_threads(check, shards), **bar, leave=False, disable=hidden))
+
+    def _compare(self, config: DataConfig, split: Split, sizes: list[list[int]], anew: str) -> None:
+        """Raises DamagedFileError where the source's files are no longer those that were packed."""
+        files = find_files(config, split)
+        values = hashlib.sha256(files.table.tobytes()).hexdigest()
+        if values != self.manifest["values"] or files.labels.names != self.labels.names:
+            raise DamagedFileError(f"{self.folder}: was packed with other classes or label values; {anew}")
+        if [pair.name for pair in files.pairs] != self.names:
+            other = sorted({pair.name for pair in files.pairs} ^ set(self.names))
+            raise DamagedFileError(f"{self.folder}: was packed of other files, see {other[0]}; {anew}")
+        found = map_threads(lambda pair: [pair.image.stat().st_size, pair.label.stat().st_size], files.pairs)
+        for pair, before, now in zip(files.pairs, sizes, found, strict=True):
+            if before != now:
+                path = pair.image if before[0] != now[0] else pair.label
+                raise DamagedFileError(f"{path}: is another file than {self.folder} was packed of; {anew}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # each process maps for itself
+
+    def _check_one_size(self) -> None:
+        sizes = self._places[:, 0, 2:]
+        different = np.flatnonzero((sizes != sizes[0]).any(1))
+        if len(different):
+            raise ConfigurationError(
+                f"{self.names[different[0]]}: is of another size than {self.names[0]}; set data.crop or data.size "
+                "to batch them"
+            )
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        shard = index // self.manifest["shard"]
+        if shard not in self._maps:
+            self._maps[shard] = self._map(shard)
+        image, label = (
+            (self._maps[shard][offset : offset + length], (height, width))
+            for offset, length, height, width in self._places[index].tolist()
+        )
+        if self.form == "raw":
+            return image[0].reshape(*image[1], 3), label[0].reshape(label[1])
+        values = np.frombuffer(zlib.decompress(label[0].tobytes()), np.uint8)
+        return decode_image(_paths(self.folder, shard)[0], image[0]), values.reshape(label[1])
+
+    def _map(self, shard: int) -> np.ndarray:
+        path = _paths(self.folder, shard)[0]
+        try:
+            return np.asarray(np.memmap(path, np.uint8, "r"))
+        except OSError as error:
+            raise ConfigurationError(
+                f"{path}: cannot be read ({error.strerror}); leave the packed files alone during a run"
+            ) from error
+
+    def manifest_hash(self) -> str:
+        """That of the source where the pixels are the source's, else one of its own."""
+        if self.form == "raw" and self.manifest["size"] is None:
+            return self.manifest["source"]
+        return _digest({name: self.manifest[name] for name in ("format", "source", "form", "size")})
+
+    def _count_key(self) -> str:
+        return _digest(self.manifest)
