@@ -161,9 +161,14 @@ def distil(config: Config, more: bool = False) -> None:
         def objective(
             losses: LossConfig, pupil: SegmentationModel, teacher: SegmentationModel
         ) -> DistillationLoss:
-            classes, weights = len(train.labels.names), train.class_weights
             return DistillationLoss(
-                losses, pupil.taps, teacher.taps, classes=classes, class_weights=weights, total_steps=steps
+                losses,
+                pupil.taps,
+                teacher.taps,
+                classes=len(train.labels.names),
+                class_weights=train.class_weights,
+                total_steps=steps,
+                unlabelled=train.unlabelled,
             )
 
         if config.mode == "online":
@@ -195,6 +200,8 @@ def learn_from_frozen(
     """The student of a teacher that is there before, live or in a cache."""
     models = load_teachers(run, config, train.labels.names)
     goal = objective(config.losses, student, models[0])
+    if train.unlabelled:
+        need_a_taught_term(goal, "unlabelled images in data.mix")
     weights = "+".join(fingerprint(model) for model in models)
     sources = [config.teacher.run or config.teacher.hub, *config.teacher.runs]
     numbers = [""] if len(models) == 1 else [f" {number}" for number in range(1, len(models) + 1)]

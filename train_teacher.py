@@ -13,6 +13,7 @@ from engine.loop import fit
 from engine.player import Learner, TrainConfig
 from engine.run import start_run
 from engine.tracking import TrackingConfig
+from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
 from models import ModelConfig, build_model
 
@@ -42,6 +43,8 @@ class Config:
 def main(config: Config) -> None:
     with start_run(config) as run:
         train, val = build_dataset(config.data, "train"), build_dataset(config.data, "val")
+        if train.unlabelled:
+            raise ConfigurationError("data.mix: unlabelled images need a teacher; use distill.py")
         model = build_model(config.model, train.labels, config.data.mean, config.data.std)
         steps = config.train.total_steps(train)
         objective = DistillationLoss(

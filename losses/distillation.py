@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import ConfigurationError
 from losses.adversarial import Holistic, HolisticConfig
+from losses.blocks import PixelTerm
 from losses.contrast import AfDCD, AfDCDConfig, CIRKDMemory, CIRKDMemoryConfig
 from losses.deep import SelfDistillation, SelfDistillationConfig
 from losses.features import (
@@ -65,6 +67,8 @@ from losses.supervised import (
     Supervised,
 )
 from losses.term import (
+    IGNORE_INDEX,
+    UNLABELLED,
     Context,
     ModelOutput,
     Taps,
@@ -213,6 +217,10 @@ def in_turn(name: str, config: TermConfig, context: Context, total_steps: int) -
 class DistillationLoss(nn.Module):
     """Sum of the configured terms, each with its weight and its window in training.
 
+    Of images without labels the teacher alone speaks. Terms that compare with it take its most likely classes for
+    the labels there (pseudo-labels, Lee 2013), so that masks hold these pixels and terms that go by classes find
+    some; to all others these pixels are void, and the images none of those that they average over.
+
     Args:
         config: which terms.
         student_taps, teacher_taps: what the models publish; no teacher is None.
@@ -220,6 +228,10 @@ class DistillationLoss(nn.Module):
         class_weights: gives the [C] weights of a scheme; needed where a term asks for one.
         total_steps: length of training, of which schedules may be fractions.
         extra: terms of your own by name, each with its weight and schedule.
+        unlabelled: labels may be UNLABELLED. Cross-entropy and KD then take a pass each.
+
+    Raises:
+        ConfigurationError: no term is configured, or one cannot be with these models or data.
     """
 
     def __init__(
@@ -232,6 +244,7 @@ class DistillationLoss(nn.Module):
         class_weights: Callable[[str], Tensor] | None = None,
         total_steps: int = 1,
         extra: Mapping[str, tuple[TermConfig, Term]] | None = None,
+        unlabelled: bool = False,
     ) -> None:
         super().__init__()
         self.config, self.total_steps = config, total_steps
@@ -255,6 +268,13 @@ class DistillationLoss(nn.Module):
             self.configs[name], terms[name] = term_config, own_term
         self.terms = nn.ModuleDict(terms)
         self.taught = teacher_taps is not None
+        self.unlabelled = unlabelled
+        for name, term in terms.items():
+            if unlabelled and term.taught and isinstance(term, PixelTerm) and term.class_weights is not None:
+                raise ConfigurationError(
+                    f"losses.{name}.class_weights: unlabelled pixels are counted before the teacher tells their "
+                    "classes; leave it at uniform"
+                )
 
     @property
     def student_taps(self) -> list[str]:
@@ -299,7 +319,12 @@ class DistillationLoss(nn.Module):
 
     def counts(self, labels: Tensor) -> Tensor:
         """Each term's local denominator: float64 [terms], to be added up over parts and processes."""
-        return torch.stack([term.count(labels) for term in self.terms.values()])  # type: ignore
+        own = taught = labels
+        if self.unlabelled:
+            blank = labels == UNLABELLED
+            own, taught = labels.masked_fill(blank, IGNORE_INDEX), labels.masked_fill(blank, 0)
+            own = own[(own != IGNORE_INDEX).flatten(1).any(1) | ~blank.flatten(1).any(1)]
+        return torch.stack([term.count(taught if term.taught else own) for term in self.terms.values()])  # type: ignore
 
     def forward(
         self,
@@ -315,7 +340,7 @@ class DistillationLoss(nn.Module):
 
         Args:
             teacher: its answer, with `teacher_taps_at(step)`; may be None where `needs_teacher(step)` is False.
-            labels: int64 [B, H, W], 255 ignored.
+            labels: int64 [B, H, W], 255 ignored; UNLABELLED (253) where only the teacher speaks.
             denominators: float64 [terms]; those of the whole batch if this is a part of it, else `counts(labels)`.
             images: [B, 3, H, W], which some terms see.
         """
@@ -330,13 +355,17 @@ class DistillationLoss(nn.Module):
         if teacher is not None:
             taps = [tap for term in self._in_force(step) for tap in term.teacher_taps]
             teacher = self.latents.extend(teacher, taps)
-        loss, values = self._pixel_terms(student, teacher, labels, factors, shares)
+        own = taught = labels
+        if self.unlabelled:
+            own, taught = told_apart(labels, teacher)
+            shares = {name: torch.where(share == 0, 1, share) for name, share in shares.items()}
+        loss, values = self._pixel_terms(student, teacher, own, taught, factors, shares)
         for name, term in self.terms.items():
             if name in ("cross_entropy", "kd"):
                 continue
             if factors[name]:
                 extra = {"images": images} if term.wants_images else {}
-                value = term(student, teacher, labels, shares[name], **extra)
+                value = term(student, teacher, taught if term.taught else own, shares[name], **extra)
                 loss, values[name] = loss + factors[name] * value, value.detach()
             else:
                 # Outside its window a term still touches its parameters, or DDP waits for their gradients.
@@ -349,12 +378,13 @@ class DistillationLoss(nn.Module):
         student: ModelOutput,
         teacher: ModelOutput | None,
         labels: Tensor,
+        taught_labels: Tensor,
         factors: dict[str, float],
         shares: dict[str, Tensor],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy and KD in one pass over the upsampled logits; a zero that touches them if none is on.
 
-        KD at the student's own positions is a pass of its own.
+        KD at the student's own positions is a pass of its own, and so are both where their labels differ.
         """
         ce, kd = factors.get("cross_entropy", 0.0), factors.get("kd", 0.0)
         if not ce and not kd:
@@ -366,7 +396,7 @@ class DistillationLoss(nn.Module):
         if taught is not None and self.terms["kd"].at == "logits":
             loss, values["kd"] = native_divergence(
                 student.logits,
-                labels,
+                taught_labels,
                 taught,
                 weight=kd,
                 temperature=temperature,
@@ -374,10 +404,15 @@ class DistillationLoss(nn.Module):
                 denominator=shares.get("kd"),
             )
             kd, taught = 0.0, None
-        if ce or kd:
+        passes = [(taught_labels, ce, kd)]
+        if self.unlabelled:
+            passes = [(labels, ce, 0.0), (taught_labels, 0.0, kd)]
+        for seen, ce, kd in passes:
+            if not ce and not kd:
+                continue
             exact, made = upsampled_loss(
                 student.logits,
-                labels,
+                seen,
                 taught,
                 ce_weight=ce,
                 kl_weight=kd,
@@ -408,3 +443,15 @@ class DistillationLoss(nn.Module):
             line += f", {adapters:,} parameters of its own" if adapters else ""
             lines.append(line + (f", {term.note()}" if term.note() else ""))  # type: ignore[operator]
         return lines
+
+
+def told_apart(labels: Tensor, teacher: ModelOutput | None) -> tuple[Tensor, Tensor]:
+    """Labels [B, H, W] for terms of the labels alone, in which UNLABELLED is void, and for those that compare with
+    a teacher, in which it is the teacher's most likely class at the nearest of its positions."""
+    blank = labels == UNLABELLED
+    own = labels.masked_fill(blank, IGNORE_INDEX)
+    if teacher is None:
+        return own, own
+    said = teacher.logits.detach().argmax(1, keepdim=True).float()
+    nearest = F.interpolate(said, size=labels.shape[-2:], mode="nearest-exact")[:, 0].long()
+    return own, torch.where(blank, nearest, labels)
