@@ -5,7 +5,7 @@
                              raw   uint8 [H, W, 3] RGB, uint8 [h, w] trainIds
                              jpeg  the bytes of a JPEG, the trainIds under zlib
         shard_00012.json     where each stands, label counts, SHA-256 of the source's files and of the shard
-        manifest.json        what was packed, SHA-256 of the indexes and of itself; written last
+        manifest.json        what was packed; written last. Like the others it ends with the SHA-256 of itself
 
 Images are at data.size where that is set, labels at their own. A file is written under a temporary name, synced
 and renamed, and its bytes depend on the source alone: a packing that was cut off goes on with what is missing.
@@ -71,7 +71,7 @@ class Pack(NamedTuple):
     data: FileData
     folder: Path
     key: dict[str, Any]
-    """What the packed files depend on; it stands in the manifest, and its hash in each index."""
+    """What the packed files depend on, which is the manifest; its hash stands in each index."""
 
     @property
     def shards(self) -> range:
@@ -143,10 +143,8 @@ def write_pack(config: DataConfig, split: Split, workers: int = 0, say: Callable
         write = partial(_write_shard, pack)
         for _ in map_processes(write, missing, workers=workers, desc=f"pack {split}", unit="shard"):
             pass
-        indexes = [_sha256(_paths(folder, shard)[1]) for shard in pack.shards]
-        content = pack.key | {"indexes": indexes}
         with _written(folder / MANIFEST) as file:
-            file.write(_text(content | {"sha256": _digest(content)}))
+            file.write(_seal(pack.key))
     except OSError as error:
         raise _user_error(error, folder) from error
     say(f"{folder}: {number} images are packed; read them by data.packed=true")
@@ -171,17 +169,15 @@ def _key(config: DataConfig, data: FileData) -> dict[str, Any]:
 
 def _is_finished(pack: Pack, whole: list[int]) -> bool:
     """Whether nothing is missing. Raises DamagedFileError where what is there was packed of something else."""
-    advice = f"delete {pack.folder} to pack anew, or name another data.packed_folder"
-    other = f"{pack.folder}: was packed of other files or in another way; {advice}"
     for shard in whole:
-        if _load(_paths(pack.folder, shard)[1], advice).get("key") != _digest(pack.key):
-            raise DamagedFileError(other)
-    if not (pack.folder / MANIFEST).exists():
-        return False
-    manifest = _load_manifest(pack.folder, advice)
-    if {name: manifest.get(name) for name in pack.key} != pack.key:
-        raise DamagedFileError(other)
-    return len(whole) == len(pack.shards)
+        path = _paths(pack.folder, shard)[1]
+        if _load(path, "delete it to have it written again")["key"] != _digest(pack.key, shard):
+            raise DamagedFileError(
+                f"{pack.folder}: was packed of other files or in another way; delete it to pack anew, or name "
+                "another data.packed_folder"
+            )
+    manifest = pack.folder / MANIFEST
+    return len(whole) == len(pack.shards) and manifest.exists() and manifest.read_bytes() == _seal(pack.key)
 
 
 def _write_shard(pack: Pack, shard: int) -> None:
@@ -209,9 +205,14 @@ def _write_shard(pack: Pack, shard: int) -> None:
                         "source": [[one.stat().st_size, _sha256(one)] for one in (pair.image, pair.label)],
                     }
                 )
-        content = {"key": _digest(pack.key), "bytes": offset, "sha256": digest.hexdigest(), "images": images}
+        content = {
+            "key": _digest(pack.key, shard),
+            "bytes": offset,
+            "sha256": digest.hexdigest(),
+            "images": images,
+        }
         with _written(index_path) as file:
-            file.write(_text(content))
+            file.write(_seal(content))
     except OSError as error:
         raise _user_error(error, path) from error
 
@@ -256,12 +257,13 @@ def _paths(folder: Path, shard: int) -> tuple[Path, Path]:
     return folder / f"shard_{shard:05d}.bin", folder / f"shard_{shard:05d}.json"
 
 
-def _text(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content) + "\n").encode()
+def _digest(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(_text(content)).hexdigest()
+def _seal(content: dict[str, Any]) -> bytes:
+    """JSON that ends with its own hash."""
+    return (json.dumps(content | {"seal": _digest(content)}) + "\n").encode()
 
 
 def _sha256(path: Path) -> str:
@@ -273,22 +275,15 @@ def _sha256(path: Path) -> str:
 
 
 def _load(path: Path, advice: str) -> dict[str, Any]:
-    """A JSON object. Raises DamagedFileError."""
+    """What `_seal` made a file of. Raises DamagedFileError."""
     try:
-        return dict(json.loads(path.read_bytes()))
+        data = path.read_bytes()
+        content = dict(json.loads(data))
     except (OSError, ValueError, TypeError) as error:
         raise DamagedFileError(f"{path}: is damaged ({error}); {advice}") from error
-
-
-def _load_manifest(folder: Path, advice: str) -> dict[str, Any]:
-    """The manifest without its hash. Raises DamagedFileError where that is not its own."""
-    path = folder / MANIFEST
-    content = _load(path, advice)
-    if content.get("format", FORMAT) != FORMAT:
-        raise DamagedFileError(f"{path}: is of format {content['format']}, not {FORMAT}; {advice}")
-    said = content.pop("sha256", None)
-    if said != _digest(content) or path.read_bytes() != _text(content | {"sha256": said}):
-        raise DamagedFileError(f"{path}: is damaged; {advice}")
+    content.pop("seal", None)
+    if data != _seal(content):
+        raise DamagedFileError(f"{path}: is damaged, its SHA-256 is another; {advice}")
     return content
 
 
@@ -313,12 +308,12 @@ class PackedData(SegmentationData):
             state = "holds no finished pack" if folder.is_dir() else "there is no such folder"
             raise ConfigurationError(f"{folder}: {state}; pack the images by {command}")
         anew = f"delete {folder} and pack again by {command}"
-        self.manifest = _load_manifest(folder, anew)
-        wanted = {"name": config.name, "split": split, "form": config.packed_form, "size": config.size}
+        self.manifest = _load(folder / MANIFEST, f"delete it and pack again by {command}")
+        wanted = {"format": FORMAT, "name": config.name, "split": split, "form": self.form, "size": config.size}
         for name, value in wanted.items():
-            if self.manifest[name] != value:
+            if self.manifest.get(name) != value:
                 raise DamagedFileError(
-                    f"{folder}: was packed with {name} {self.manifest[name]}, not {value}; {anew}"
+                    f"{folder}: was packed with {name} {self.manifest.get(name)}, not {value}; {anew}"
                 )
         images = [image for content in self._verify(command) for image in content["images"]]
         colours = tuple((red, green, blue) for red, green, blue in self.manifest["colours"])
@@ -333,21 +328,21 @@ class PackedData(SegmentationData):
     def _verify(self, command: str) -> list[dict[str, Any]]:
         """The indexes, after every file was compared with its SHA-256."""
 
-        def check(item: tuple[int, str]) -> dict[str, Any]:
-            path, index_path = _paths(self.folder, item[0])
+        def check(shard: int) -> dict[str, Any]:
+            path, index_path = _paths(self.folder, shard)
             advice = f"delete {path} and {index_path.name}, then pack again by {command}"
             content = _load(index_path, advice)
+            if content["key"] != _digest(self.manifest, shard):
+                raise DamagedFileError(f"{index_path}: is that of another pack; {advice}")
             try:
-                found = _sha256(index_path), path.stat().st_size, _sha256(path)
+                found = path.stat().st_size, _sha256(path)
             except OSError as error:
                 raise DamagedFileError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
-            if found[0] != item[1]:
-                raise DamagedFileError(f"{index_path}: is damaged, its SHA-256 is another; {advice}")
-            if found[1:] != (content["bytes"], content["sha256"]):
+            if found != (content["bytes"], content["sha256"]):
                 raise DamagedFileError(f"{path}: is damaged, its SHA-256 is another; {advice}")
             return content
 
-        shards = list(enumerate(self.manifest["indexes"]))
+        shards = range(-(-self.manifest["images"] // self.manifest["shard"]))
         hidden = len(shards) < 8 or os.environ.get("RANK", "0") != "0"
         bar = {"total": len(shards), "unit": "shard", "desc": "check the pack", "dynamic_ncols": True}
         return list(tqdm(map_threads(check, shards), **bar, leave=False, disable=hidden))
@@ -405,7 +400,7 @@ class PackedData(SegmentationData):
         """That of the source where the pixels are the source's, else one of its own."""
         if self.form == "raw" and self.manifest["size"] is None:
             return self.manifest["source"]
-        return _digest({name: self.manifest[name] for name in ("format", "source", "form", "size")})
+        return _digest([self.manifest[name] for name in ("format", "source", "form", "size")])
 
     def _count_key(self) -> str:
         return _digest(self.manifest)

@@ -18,7 +18,8 @@ import torch
 from forks import Forks
 from PIL import Image
 
-from data import DataConfig, build_dataset, packed
+from data import DataConfig, build_dataset, packed, transforms
+from data.dataset import count_classes
 from data.files import read_image
 from data.packed import PackedData, pack_folder, write_pack
 from data.streets.write import write_bdd100k, write_cityscapes
@@ -307,6 +308,33 @@ def test_a_missing_shard_is_written_again(make: Make) -> None:
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize(("name", "code"), [("manifest.json", 0), ("shard_00001.json", 3)])
+def test_damage_is_not_gone_on_with(make: Make, name: str, code: int) -> None:
+    """A damaged manifest is written again; of a damaged index it is said that it is to be deleted."""
+    config = make()
+    write(config)
+    folder = pack_folder(config, "train")
+    before = contents(folder)
+    (folder / name).write_bytes(before[name].replace(b"2", b"3"))
+    if code:
+        with pytest.raises(DamagedFileError, match=f"{name}: is damaged, its SHA-256 is another; delete it"):
+            write(config)
+        (folder / name).unlink()
+    write(config)
+    assert contents(folder) == before
+
+
+def test_shards_of_another_pack(make: Make) -> None:
+    """Whole, but not in their places."""
+    config = make()
+    write(config)
+    folder = pack_folder(config, "train")
+    for suffix in ("bin", "json"):
+        shutil.copy(folder / f"shard_00000.{suffix}", folder / f"shard_00001.{suffix}")
+    with pytest.raises(DamagedFileError, match=r"shard_00001\.json: is that of another pack; delete"):
+        build_dataset(config, "train")
+
+
 def test_a_full_disk(make: Make) -> None:
     config = make()
     write(replace(config, packed_folder=config.packed_folder + "_whole"))
@@ -418,9 +446,9 @@ def test_another_pack_in_this_ones_place(make: Make, field: str, value: Any) -> 
     config = make()
     write(config)
     folder = pack_folder(config, "train")
-    content = packed._load_manifest(folder, "") | {field: value}
-    (folder / "manifest.json").write_bytes(packed._text(content | {"sha256": packed._digest(content)}))
-    with pytest.raises(DamagedFileError, match=f"(with|of) {field} .*; delete {folder} and pack again by python"):
+    content = packed._load(folder / "manifest.json", "") | {field: value}
+    (folder / "manifest.json").write_bytes(packed._seal(content))
+    with pytest.raises(DamagedFileError, match=f"with {field} .*; delete {folder} and pack again by python"):
         build_dataset(config, "train")
 
 
@@ -494,3 +522,47 @@ def test_another_image_during_a_run_is_noticed_all_the_same(
     cv2.imwrite(str(root / "train" / "scene_1.jpg"), np.zeros((64, 80, 3), np.uint8))
     with pytest.raises(ConfigurationError, match=r"scene_1\.jpg: is 40x32 but was 80x48 when"):
         data.read(1)
+
+
+# the fast path
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_batch_is_its_samples(make: Make, finished: bool) -> None:
+    data = build_dataset(make("bdd100k", packed=False, blur=0.5), "train")
+    keys: Any = [(0, position, position % 5) for position in range(8)]
+    single = data.sample if finished else data.unfinished
+    samples = [single(key, seed=1) for key in keys]
+    batch = data.batch(keys, seed=1, finished=finished)
+    assert_batches_are_equal(batch, [torch.stack(field) for field in zip(*samples, strict=True)])
+    assert len({sample.geometry for sample in samples}) == 8
+
+
+def test_four_channels_are_warped_like_three() -> None:
+    """Whatever stands around the pixels that a crop needs."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        source = (int(rng.integers(2, 200)), int(rng.integers(2, 200)))
+        crop = (int(rng.integers(2, 150)), int(rng.integers(2, 150)))
+        image = rng.integers(0, 256, (*source, 3), dtype=np.uint8)
+        geometry, _ = transforms.draw(rng, source, crop, scale=(0.3, 2.5), flip=0.0, jitter=0.0, blur=0.0)
+        found = transforms.crop_image(image, geometry, crop)
+        _, _, height, width, top, left, _ = geometry
+        y, x = source[0] / height, source[1] / width
+        wanted = cv2.warpAffine(
+            image,
+            np.array([[x, 0, (left + 0.5) * x - 0.5], [0, y, (top + 0.5) * y - 0.5]]),
+            found.shape[1::-1],
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_runs_are_counted_like_pixels() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (1, 9), (40, 50)):
+        for values in (1, 3, 256):
+            label = rng.integers(0, values, shape).astype(np.uint8)
+            pixels = np.bincount(label.ravel(), minlength=256)
+            assert count_classes(label, 19).tolist() == [*pixels[:19], pixels[19:].sum()]
