@@ -7,8 +7,11 @@ labels (it keeps the indices of a palette PNG and checks the CRC of each chunk).
 import io
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -92,6 +95,13 @@ def _open(path: Path, stream: Any) -> Image.Image:
     return image
 
 
+def open_image(path: Path, data: bytes) -> Image.Image:
+    """Pillow's image of a file's bytes, not decoded yet. Refuses what is empty, cut, foreign, absurd or damaged as
+    far as its header and its end show."""
+    _check_frame(path, data[:_HEAD], data[-_TAIL:], not data)
+    return _open(path, io.BytesIO(data))
+
+
 def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ConfigurationError(
@@ -116,7 +126,8 @@ def _label_header(path: Path, kind: str, start: bytes) -> Size:
     return height, width
 
 
-def _check_orientation(path: Path, image: Image.Image) -> None:
+def check_orientation(path: Path, image: Image.Image) -> None:
+    """Raises ConfigurationError for an image whose EXIF data turn it, or are damaged."""
     data = image.info.get("exif")  # not getexif(): on a PNG without EXIF it decodes the whole image
     if not data:
         return
@@ -149,7 +160,7 @@ def check_file(path: Path, *, label: bool) -> tuple[int, int, int]:
                 return *_label_header(path, kind, start), size
             stream.seek(0)
             image = _open(path, stream)
-            _check_orientation(path, image)
+            check_orientation(path, image)
             return image.height, image.width, size
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read ({error.strerror}); check the data set") from error
@@ -240,23 +251,25 @@ def pair_up(images: Sequence[Path], labels: Sequence[Path], name: Callable[[Path
     """Join images and labels by `name(path)`, sorted by name.
 
     `hint` is appended to the error for a label without image. Raises ConfigurationError naming the file for an
-    image without label, a label without image, or two files of the same name.
+    image without label, a label without image, or two files of the same name; within `take_notes`, notes it and
+    goes on.
     """
+    notes = _notes.get()
+    if notes is not None:
+        notes.files.update(images, labels)
     image_of = _by_name(images, name)
     label_of = _by_name(labels, name)
     for key, path in sorted(image_of.items()):
         if key not in label_of:
             missing = len(image_of.keys() - label_of.keys())
-            raise ConfigurationError(
+            _refuse(
                 f"{path}: has no label ({missing} of {len(image_of)} images have none); add or remove the file"
             )
     for key, path in sorted(label_of.items()):
         if key not in image_of:
             missing = len(label_of.keys() - image_of.keys())
-            raise ConfigurationError(
-                f"{path}: has no image ({missing} of {len(label_of)} labels have none); {hint}"
-            )
-    return [Pair(key, image_of[key], label_of[key]) for key in sorted(image_of)]
+            _refuse(f"{path}: has no image ({missing} of {len(label_of)} labels have none); {hint}")
+    return [Pair(key, image_of[key], label_of[key]) for key in sorted(image_of.keys() & label_of.keys())]
 
 
 def _by_name(paths: Sequence[Path], name: Callable[[Path], str]) -> dict[str, Path]:
@@ -264,13 +277,46 @@ def _by_name(paths: Sequence[Path], name: Callable[[Path], str]) -> dict[str, Pa
     for path in paths:
         key = name(path)
         if key in found:
-            raise ConfigurationError(f"{path}: has the same name as {found[key]}; remove one of them")
-        found[key] = path
+            _refuse(f"{path}: has the same name as {found[key]}; remove one of them")
+        found.setdefault(key, path)
     return found
+
+
+@dataclass
+class Notes:
+    """What is noted of the files of a split while they are paired."""
+
+    errors: list[str] = field(default_factory=list)
+    folders: set[Path] = field(default_factory=set)
+    """Those that `list_files` looked into."""
+    files: set[Path] = field(default_factory=set)
+    """Those that `pair_up` was given."""
+
+
+_notes: ContextVar[Notes | None] = ContextVar("notes", default=None)
+
+
+@contextmanager
+def take_notes() -> Iterator[Notes]:
+    """Within it `pair_up` notes all its errors in place of raising the first, for a report on a whole data set."""
+    token = _notes.set(notes := Notes())
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
+
+
+def _refuse(message: str) -> None:
+    notes = _notes.get()
+    if notes is None:
+        raise ConfigurationError(message)
+    notes.errors.append(message)
 
 
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The visible files of a folder whose names end in one of `suffixes`, sorted."""
+    if (notes := _notes.get()) is not None:
+        notes.folders.add(folder)
     return sorted(p for p in folder.iterdir() if p.name.endswith(suffixes) and not p.name.startswith("."))
 
 
