@@ -344,11 +344,16 @@ def _class_notices(seen: list[Seen]) -> Iterator[Fault]:
         if pixels["train"][k]:
             continue
         others = [f"{number[k]} pixels of {split}" for split, number in pixels.items() if number[k]]
-        problem = f"the class {name!r} never occurs in train" + (
-            f", but in {' and '.join(others)}" if others else ""
-        )
+        where = f", but in {' and '.join(others)}" if others else ""
         fix = "split anew, or expect an IoU of 0" if others else "know that it is left out of the mean IoU"
-        yield Fault("train", "classes", "notice", str(train.files.root), problem, fix)
+        yield Fault(
+            "train",
+            "classes",
+            "notice",
+            str(train.files.root),
+            f"the class {name!r} never occurs in train{where}",
+            fix,
+        )
 
 
 class Picture(NamedTuple):
@@ -372,9 +377,8 @@ def _picture_faults(seen: list[Seen]) -> Iterator[Fault]:
         twin = first.setdefault((picture.split, picture.pixels), picture)
         if twin is not picture:
             problem = f"shows exactly what {twin.path} shows"
-            yield Fault(
-                picture.split, "duplicate", "fault", str(picture.path), problem, "remove one with its label"
-            )
+            fix = "remove one with its label"
+            yield Fault(picture.split, "duplicate", "fault", str(picture.path), problem, fix)
         for one in seen:
             original = first.get((one.split, picture.pixels))
             if one.split != picture.split and original is not None:
@@ -424,24 +428,23 @@ def _video_notices(seen: list[Seen]) -> Iterator[Fault]:
         for pair in one.files.pairs:
             if frame := _frame(pair.name):
                 known[frame[0]].append((frame[1], pair))
+        numbers = {video: np.array([number for number, _ in frames]) for video, frames in known.items()}
         gaps = []
-        shared = 0
         for pair in other.files.pairs:
             frame = _frame(pair.name)
             if frame is None or frame[0] not in known:
                 continue
-            shared += 1
-            numbers = np.array([number for number, _ in known[frame[0]]])
-            nearest = int(np.abs(numbers - frame[1]).argmin())
-            gaps.append((abs(int(numbers[nearest]) - frame[1]), pair, known[frame[0]][nearest][1]))
+            distances = np.abs(numbers[frame[0]] - frame[1])
+            nearest = int(distances.argmin())
+            gaps.append((int(distances[nearest]), pair, known[frame[0]][nearest][1]))
         close = [gap for gap in gaps if gap[0] < FRAMES]
         if close:
             gap, pair, neighbour = min(close, key=lambda close: close[0])
-            problem = f"by its name is {gap} frames from {neighbour.image} of {one.split}; {len(close)} of "
-            problem += (
+            problem = (
+                f"by its name is {gap} frames from {neighbour.image} of {one.split}; {len(close)} of "
                 f"{len(other.files.pairs)} images are less than {FRAMES} frames from one of {one.split}, and "
+                f"{len(gaps)} are of its videos"
             )
-            problem += f"{shared} are of its videos"
             fix = "split by video, or know that the score is that of known scenes"
             yield Fault(other.split, "leakage", "notice", str(pair.image), problem, fix)
 
