@@ -88,7 +88,8 @@ def main(config: Config) -> None:
         for split in config.splits:
             write_pack(config.data, cast(Split, split), config.workers)
         return
-    out, sections, faults = Path(config.out), {"What one should know": []}, []
+    out, faults = Path(config.out), []
+    sections: dict[str, list[str]] = {"What one should know": []}
     sets = data_sets(config)
     if config.doctor:
         faults = examine_files(config, sets, out, sections)

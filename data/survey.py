@@ -107,7 +107,7 @@ def survey(config: DataConfig, split: Split, *, name: str = "", workers: int = 0
     if config.packed or config.name in ("streets", "huggingface"):
         data = build_dataset(config, split)
         labels, names, read = data.labels, data.names, data.read
-        key = data.manifest_hash()
+        key = f"{data.manifest_hash()} {data._count_key()}"  # the files of a pack may change and keep their sizes
         _opened[key] = data
         try:
             work = partial(_examine_read, key, len(labels), cache)
@@ -171,9 +171,9 @@ def examine(label: np.ndarray, grey: np.ndarray, classes: int) -> Record:
     # a component begins where a row changes, so that few changes are surely few components, for which 16 bits do
     changes = cv2.countNonZero(cv2.compare(label[:, 1:], label[:, :-1], cv2.CMP_NE)) if width > 1 else 0
     depth = cv2.CV_16U if changes + height < 2**16 else cv2.CV_32S
-    found = []
+    found, same = [], np.empty(label.shape, bool)
     for c in range(classes):
-        mask = (label == c).view(np.uint8)
+        mask = np.equal(label, c, out=same).view(np.uint8)
         left, top, wide, high = cv2.boundingRect(mask)
         if not wide:
             continue
@@ -237,11 +237,11 @@ _opened: dict[str, SegmentationData] = {}
 """Data sets for the forks of map_processes, which inherit them: not all can be sent."""
 
 
-def _examine_read(manifest: str, classes: int, cache: Path | None, index: int) -> _Answer:
-    key = hashlib.sha256(VERSION + f"{manifest} {classes} {index}".encode()).hexdigest()
+def _examine_read(opened: str, classes: int, cache: Path | None, index: int) -> _Answer:
+    key = hashlib.sha256(VERSION + f"{opened} {classes} {index}".encode()).hexdigest()
     if (known := _find(cache, key)) is not None:
         return _Answer(known, key, None)
-    image, label = _opened[manifest].read(index)
+    image, label = _opened[opened].read(index)
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     size = -(-grey.shape[1] // 8), -(-grey.shape[0] // 8)
     record = examine(label, cv2.resize(grey, size, interpolation=cv2.INTER_AREA), classes)

@@ -250,7 +250,7 @@ def test_shares_in_words() -> None:
 
 def test_an_outline_surrounds_the_class_even_if_it_is_one_pixel() -> None:
     image, label = np.full((100, 1000, 3), 90, np.uint8), np.zeros((100, 1000), np.uint8)
-    label[50, 500] = 1
+    label[53, 503] = 1
     drawn = outlined(image, label, [(90, 90, 90), (0, 0, 0)], 1, width=200)
     assert drawn.shape == (20, 200, 3)
     assert (drawn[10, 100] == 255).all()

@@ -255,7 +255,7 @@ def test_the_split_as_a_whole(known: Survey) -> None:
     assert "pixels of sky" in said
     assert "bicyclist (0.11 %, in 25 % of the images)" in said
     assert "bicyclist ×4" in said
-    assert "fence, pole" in said or "pole" in said.split("never occur")[0]
+    assert "fence and pedestrian never occur here" in said
     assert "×4" not in " ".join(findings(known, advice=False))
 
 
@@ -428,7 +428,7 @@ def test_equal_splits_do_not_shift(tmp_path: Path) -> None:
     assert not any(row["marked"] for row in rows)
     assert all(row["shift"] == pytest.approx(0, abs=1e-6) for row in rows if not np.isnan(row["shift"]))
     assert all(row["chance"] > 0 for row in rows if row["measure"] == "pixels")
-    assert shift(s, s) == rows or all(a["chance"] == b["chance"] for a, b in zip(shift(s, s), rows, strict=True))
+    assert [row["chance"] for row in shift(s, s)] == [row["chance"] for row in rows]
     assert [line for line in shift_findings(s, s, rows) if "divergence" not in line] == []
 
 
@@ -470,7 +470,7 @@ def test_planted_shifts_are_marked(tmp_path: Path) -> None:
     assert measured(rows, "pixels", "bicyclist")["shift"] == np.inf
     assert measured(rows, "pixels", "bicyclist")["marked"]
     assert np.isnan(measured(rows, "pixels", "tree")["shift"])
-    assert not measured(rows, "pixels", "sky")["marked"] or abs(measured(rows, "pixels", "sky")["shift"]) < 0.2
+    assert abs(measured(rows, "pixels", "sky")["shift"]) < 0.1
     assert measured(rows, "brightness")["shift"] == pytest.approx(1)
     assert measured(rows, "brightness")["marked"]
     said = " ".join(shift_findings(a, b, rows))
