@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     """
 
     images: Tensor
-    """[B, 3, H, W] float32, normalised."""
+    """[B, 3, H, W] float32, normalised, in channels-last memory."""
     labels: Tensor
     """[B, H, W] int64 trainIds, 255 where there is none; UNLABELLED all over an image that has no label at all."""
     index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
@@ -160,7 +160,7 @@ class SegmentationData(Dataset[Batch], ABC):
         cuts = [self._pixels(key, seed) for key in keys]
         labels = np.stack([cut.label for cut in cuts])
         if finished:
-            images = np.empty((len(cuts), 3, *cuts[0].crop), np.float32)
+            images = np.empty((len(cuts), *cuts[0].crop, 3), np.float32)
             labels = labels.astype(np.int64)
             for cut, image in zip(cuts, images, strict=True):
                 table = self._plain_table
@@ -170,7 +170,7 @@ class SegmentationData(Dataset[Batch], ABC):
         else:
             images = np.stack([transforms.pad_image(cut.part, cut.crop, cut.geometry.flip) for cut in cuts])
         return Batch(
-            images=torch.from_numpy(images),
+            images=torch.from_numpy(images).permute(0, 3, 1, 2) if finished else torch.from_numpy(images),
             labels=torch.from_numpy(labels),
             index=torch.tensor([key.index for key in keys]),
             position=torch.tensor([key.position for key in keys]),
@@ -466,12 +466,14 @@ class _Guarded(Dataset[Any]):
     def __init__(self, data: SegmentationData, seed: int) -> None:
         self.data, self.seed = data, seed
 
-    def __getitems__(self, keys: list[Key]) -> Batch | str:
-        """The whole batch, which the loader's collate_fn has only to hand on."""
+    def __getitems__(self, keys: list[Key]) -> list[Any] | str:
+        """The whole batch, which the loader's collate_fn has only to hand on; its small fields as arrays, for each
+        tensor that a worker hands over costs a connection of its own, most of a millisecond."""
         try:
-            return self.data.batch(keys, seed=self.seed, finished=not self.data.settings.finish_on_device)
+            batch = self.data.batch(keys, seed=self.seed, finished=not self.data.settings.finish_on_device)
         except ConfigurationError as error:
             return str(error)
+        return [batch.images, batch.labels, *(field.numpy() for field in batch[2:])]
 
 
 def _hand_on(batch: Any) -> Any:
@@ -506,7 +508,7 @@ class Loader(DataLoader[Batch]):
                     raise
                 if isinstance(batch, str):
                     raise ConfigurationError(batch)
-                yield batch
+                yield Batch(*batch[:2], *(torch.from_numpy(field) for field in batch[2:]))
         finally:
             del batches  # or a traceback would keep the workers, and the garbage collector end them at any time
 

@@ -252,7 +252,7 @@ def finish_image(
     appearance: Appearance,
     image: np.ndarray | None = None,
 ) -> np.ndarray:
-    """float32 [3, crop height, crop width], in `image` if it is given: saturation, blur and colour table on uint8
+    """float32 [crop height, crop width, 3], in `image` if it is given: saturation, blur and colour table on uint8
     [h, w, 3] RGB, then the padding with 0, which is the mean, at the side away from the image."""
     if appearance.saturation != 1:
         grey = cv2.cvtColor(cv2.cvtColor(part, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
@@ -261,10 +261,9 @@ def finish_image(
         part = cv2.GaussianBlur(part, (5, 5), appearance.sigma)
     height, width = part.shape[:2]
     if image is None:
-        image = np.empty((3, *crop), np.float32)
+        image = np.empty((*crop, 3), np.float32)
     if (height, width) != crop:
         image[:] = 0
     left = crop[1] - width if flip else 0
-    for channel, values in enumerate(cv2.split(part)):
-        cv2.LUT(values, table[channel], dst=image[channel, :height, left : left + width])
+    cv2.LUT(part, np.ascontiguousarray(table.T)[None], dst=image[:height, left : left + width])
     return image

@@ -178,7 +178,9 @@ def test_sample_replays_from_its_geometry(tmp_path: Path) -> None:
             np.testing.assert_array_equal(batch.labels[k].numpy(), expected)
             part = transforms.crop_image(image, geometry, (20, 40))
             table = transforms.colour_table(data.settings.mean, data.settings.std, transforms.Appearance())
-            again = transforms.finish_image(part, (20, 40), geometry.flip, table, transforms.Appearance())
+            again = transforms.finish_image(
+                part, (20, 40), geometry.flip, table, transforms.Appearance()
+            ).transpose(2, 0, 1)
             np.testing.assert_array_equal(batch.images[k].numpy(), again)
 
 

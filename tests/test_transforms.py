@@ -85,7 +85,9 @@ def test_padding_is_zero_after_normalisation_and_ignored(flip: int) -> None:
     geometry = Geometry(10, 12, 10, 12, 0, 0, flip)
     crop = (16, 20)
     table = transforms.colour_table(MEAN, STD, Appearance())
-    found = transforms.finish_image(transforms.crop_image(image, geometry, crop), crop, flip, table, Appearance())
+    found = transforms.finish_image(
+        transforms.crop_image(image, geometry, crop), crop, flip, table, Appearance()
+    ).transpose(2, 0, 1)
     label = transforms.crop_label(np.ones((10, 12), np.uint8), geometry, crop)
     assert found.shape == (3, 16, 20)
     assert found.dtype == np.float32
@@ -99,7 +101,7 @@ def test_padding_is_zero_after_normalisation_and_ignored(flip: int) -> None:
 def test_normalisation_is_the_formula() -> None:
     image = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     table = transforms.colour_table(MEAN, STD, Appearance())
-    found = transforms.finish_image(image, (5, 6), 0, table, Appearance())
+    found = transforms.finish_image(image, (5, 6), 0, table, Appearance()).transpose(2, 0, 1)
     expected = (image / 255 - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(found, expected.transpose(2, 0, 1), atol=1e-6)
 
@@ -110,10 +112,10 @@ def test_colours() -> None:
     assert table[2, 255] == 1  # clipped
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     plain = transforms.colour_table((0, 0, 0), (1, 1, 1), Appearance())
-    grey = transforms.finish_image(image, (8, 8), 0, plain, Appearance(saturation=0.0))
+    grey = transforms.finish_image(image, (8, 8), 0, plain, Appearance(saturation=0.0)).transpose(2, 0, 1)
     np.testing.assert_array_equal(grey[0], grey[1])
     np.testing.assert_array_equal(grey[0], grey[2])
-    blurred = transforms.finish_image(image, (8, 8), 0, plain, Appearance(sigma=1.0))
+    blurred = transforms.finish_image(image, (8, 8), 0, plain, Appearance(sigma=1.0)).transpose(2, 0, 1)
     assert blurred.std() < 0.8 * (image / 255).std()
 
 
