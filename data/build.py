@@ -119,6 +119,9 @@ class DataConfig:
         for key in ("rare_class_temperature", "repeat_threshold", "rare_share"):
             if not getattr(self, key) > 0:
                 _fail(key, getattr(self, key), "give a number above 0")
+        for key in ("rare_crop", "copy_paste"):
+            if getattr(self, key) and not self.augment:
+                _fail(key, getattr(self, key), "it does nothing with data.augment=false, so leave one of them out")
         for key, least in (("workers", 0), ("scenes", 4), ("streets_seed", 0)):
             if getattr(self, key) < least:
                 _fail(key, getattr(self, key), f"give a whole number of at least {least}")
@@ -181,6 +184,10 @@ def build_dataset(config: DataConfig, split: Split) -> SegmentationData:
         from data.packed import PackedData  # which writes what this module reads
 
         return PackedData(config, split, settings)
+    if config.name == "streets" and config.root:
+        raise ConfigurationError(
+            "data.root: data.name=streets is drawn and has no folder; name the data set, as data.name=cityscapes"
+        )
     if config.name == "streets":
         return StreetsData(config, split, settings)
     if config.name == "huggingface":

@@ -349,7 +349,11 @@ class SegmentationData(Dataset[Batch], ABC):
         if self.settings.crop is None and self.settings.size is None:
             self._check_one_size()
         if self.settings.rare_crop or self.settings.copy_paste:
-            _ = self.rare  # counted here, once for all workers
+            if not self.rare:  # counted here, once for all workers
+                raise ConfigurationError(
+                    f"data.rare_share: no class has less than {self.settings.rare_share:g} of the pixels, and "
+                    "nothing to seek or paste; raise it, or name data.rare_classes"
+                )
         sampler = StepSampler(
             self._order(batch_size, seed),
             steps_per_epoch=self.steps_per_epoch(batch_size),
@@ -417,6 +421,11 @@ class FileData(SegmentationData):
     def sizes(self) -> np.ndarray:
         """int64 [N, 2], height and width of the images as they are on disk."""
         return self._facts[:, :2]
+
+    @property
+    def file_sizes(self) -> np.ndarray:
+        """int64 [N, 2], bytes of the image's file and of the label's."""
+        return self._facts[:, 2:]
 
     def _reduction(self, height: int, width: int) -> int:
         """By how much a JPEG may be decoded smaller: what of 8, 4, 2 and 1 first leaves data.size."""

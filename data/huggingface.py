@@ -31,10 +31,13 @@ def open_huggingface(root: str, classes: str, split: str, settings: Settings) ->
 
     Raises ConfigurationError naming the key, split, column or row that is wrong, or the library if it is missing.
     """
+    missing = ConfigurationError("datasets: the library is not installed; pip install 'datasets>=4'")
     try:
         import datasets
     except ImportError as error:
-        raise ConfigurationError("datasets: is not installed; pip install datasets") from error
+        raise missing from error
+    if not hasattr(datasets, "__version__"):  # a folder of that name in the current one
+        raise missing
     if int(datasets.__version__.partition(".")[0]) < 4:
         raise ConfigurationError(
             f"datasets: version {datasets.__version__} may run code from the Hub; pip install 'datasets>=4'"

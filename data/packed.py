@@ -12,6 +12,7 @@ and renamed, and its bytes depend on the source alone: a packing that was cut of
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -49,17 +50,19 @@ def pack_folder(config: DataConfig, split: str) -> Path:
     """Where a split's packed files are. Raises ConfigurationError where the configuration does not say."""
     parent = Path(config.packed_folder).expanduser() if config.packed_folder else find_root(config) / "packed"
     size = "" if config.size is None else f"_{config.size[0]}x{config.size[1]}"
-    return parent / f"{split}_{config.packed_form}{size}"
+    return parent / f"{config.name}_{split}_{config.packed_form}{size}"
 
 
-def pack_command(config: DataConfig) -> str:
-    """The command that packs what the configuration names."""
-    words = [f"data.name={config.name}", f"data.root={config.root}" if config.root else ""]
+def pack_command(config: DataConfig, split: str) -> str:
+    """The command that packs a split as the configuration names it."""
+    words = [f"data.name={config.name}", f"data.root={config.root or 'FOLDER'}"]
     words += [f"data.classes={config.classes}" if config.classes else ""]
     words += ["data.packed_form=jpeg" if config.packed_form == "jpeg" else ""]
     words += [f"data.packed_folder={config.packed_folder}" if config.packed_folder else ""]
     size = f" data.size=[{config.size[0]},{config.size[1]}]" if config.size else ""
-    return "python inspect_data.py pack=true " + shlex.join(word for word in words if word) + size
+    return (
+        f"python inspect_data.py pack=true splits=[{split}] " + shlex.join(word for word in words if word) + size
+    )
 
 
 # -------------------------------------------------------------------------------------------------- writing
@@ -141,10 +144,11 @@ def write_pack(config: DataConfig, split: Split, workers: int = 0, say: Callable
         folder.mkdir(parents=True, exist_ok=True)
         missing = [shard for shard in pack.shards if shard not in whole]
         write = partial(_write_shard, pack)
-        for _ in map_processes(write, missing, workers=workers, desc=f"pack {split}", unit="shard"):
-            pass
-        with _written(folder / MANIFEST) as file:
-            file.write(_seal(pack.key))
+        with _alone(folder):
+            for _ in map_processes(write, missing, workers=workers, chunk=1, desc=f"pack {split}", unit="shard"):
+                pass
+            with _written(folder / MANIFEST) as file:
+                file.write(_seal(pack.key))
     except OSError as error:
         raise _user_error(error, folder) from error
     say(f"{folder}: {number} images are packed; read them by data.packed=true")
@@ -169,13 +173,20 @@ def _key(config: DataConfig, data: FileData) -> dict[str, Any]:
 
 def _is_finished(pack: Pack, whole: list[int]) -> bool:
     """Whether nothing is missing. Raises DamagedFileError where what is there was packed of something else."""
+    advice = f"delete {pack.folder} to pack anew, or name another data.packed_folder"
     for shard in whole:
         path = _paths(pack.folder, shard)[1]
         if _load(path, "delete it to have it written again")["key"] != _digest(pack.key, shard):
-            raise DamagedFileError(
-                f"{pack.folder}: was packed of other files or in another way; delete it to pack anew, or name "
-                "another data.packed_folder"
-            )
+            raise DamagedFileError(f"{pack.folder}: was packed of other files or in another way; {advice}")
+
+    def compare(shard: int) -> None:
+        images = _check_shard(pack.folder, shard, "delete it to have it written again")["images"]
+        for index, image in zip(pack.indices(shard), images, strict=True):
+            for path, (_, digest) in zip(pack.data.pairs[index][1:], image["source"], strict=True):
+                if _sha256(path) != digest:
+                    raise DamagedFileError(f"{path}: has changed since {pack.folder} was packed of it; {advice}")
+
+    list(map_threads(compare, whole))
     manifest = pack.folder / MANIFEST
     return len(whole) == len(pack.shards) and manifest.exists() and manifest.read_bytes() == _seal(pack.key)
 
@@ -196,13 +207,16 @@ def _write_shard(pack: Pack, shard: int) -> None:
                     digest.update(padded)
                     offset += len(padded)
                 pair = pack.data.pairs[index]
+                source = [[one.stat().st_size, _sha256(one)] for one in (pair.image, pair.label)]
+                if [size for size, _ in source] != pack.data.file_sizes[index].tolist():
+                    raise ConfigurationError(f"{pair.image}: or its label was changed meanwhile; pack again")
                 images.append(
                     {
                         "name": pair.name,
                         "image": places[0],
                         "label": places[1],
                         "counts": count_classes(label, len(pack.data.labels)).tolist(),
-                        "source": [[one.stat().st_size, _sha256(one)] for one in (pair.image, pair.label)],
+                        "source": source,
                     }
                 )
         content = {
@@ -215,6 +229,22 @@ def _write_shard(pack: Pack, shard: int) -> None:
             file.write(_seal(content))
     except OSError as error:
         raise _user_error(error, path) from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a folder for this packing. Raises ConfigurationError where another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"{folder}: another process is packing into it; wait for it to end"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -287,6 +317,29 @@ def _load(path: Path, advice: str) -> dict[str, Any]:
     return content
 
 
+VERIFIED: set[tuple[str, int, int]] = set()
+"""Shards that this process has compared with their SHA-256: path, size and time of change."""
+
+
+def _check_shard(folder: Path, shard: int, advice: str) -> dict[str, Any]:
+    """A shard's index, after the shard was compared with its size and its SHA-256: with the latter once a process,
+    and by the first process of a machine alone, for where that ends, all end. Raises DamagedFileError."""
+    path, index_path = _paths(folder, shard)
+    content = _load(index_path, advice)
+    try:
+        found = path.stat()
+        key = (str(path.absolute()), found.st_size, found.st_mtime_ns)
+        same = found.st_size == content["bytes"]
+        if same and key not in VERIFIED and os.environ.get("LOCAL_RANK", "0") == "0":
+            same = _sha256(path) == content["sha256"]
+    except OSError as error:
+        raise DamagedFileError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
+    if not same:
+        raise DamagedFileError(f"{path}: is damaged, its SHA-256 is another; {advice}")
+    VERIFIED.add(key)
+    return content
+
+
 class PackedData(SegmentationData):
     """A packed split. Pixels are views of a memory map (raw) or decoded from one (jpeg).
 
@@ -303,7 +356,7 @@ class PackedData(SegmentationData):
             raise ConfigurationError(f"data.packed: {config.name} has no files to pack; leave it out")
         self.folder = folder = pack_folder(config, split)
         self.form = config.packed_form
-        command = pack_command(config)
+        command = pack_command(config, split)
         if not (folder / MANIFEST).is_file():
             state = "holds no finished pack" if folder.is_dir() else "there is no such folder"
             raise ConfigurationError(f"{folder}: {state}; pack the images by {command}")
@@ -331,15 +384,9 @@ class PackedData(SegmentationData):
         def check(shard: int) -> dict[str, Any]:
             path, index_path = _paths(self.folder, shard)
             advice = f"delete {path} and {index_path.name}, then pack again by {command}"
-            content = _load(index_path, advice)
+            content = _check_shard(self.folder, shard, advice)
             if content["key"] != _digest(self.manifest, shard):
                 raise DamagedFileError(f"{index_path}: is that of another pack; {advice}")
-            try:
-                found = path.stat().st_size, _sha256(path)
-            except OSError as error:
-                raise DamagedFileError(f"{path}: cannot be read ({error.strerror}); {advice}") from error
-            if found != (content["bytes"], content["sha256"]):
-                raise DamagedFileError(f"{path}: is damaged, its SHA-256 is another; {advice}")
             return content
 
         shards = range(-(-self.manifest["images"] // self.manifest["shard"]))
@@ -384,8 +431,12 @@ class PackedData(SegmentationData):
         )
         if self.form == "raw":
             return image[0].reshape(*image[1], 3), label[0].reshape(label[1])
-        values = np.frombuffer(zlib.decompress(label[0].tobytes()), np.uint8)
-        return decode_image(_paths(self.folder, shard)[0], image[0]), values.reshape(label[1])
+        path = _paths(self.folder, shard)[0]
+        try:
+            values = np.frombuffer(zlib.decompress(label[0].tobytes()), np.uint8).reshape(label[1])
+        except (zlib.error, ValueError) as error:
+            raise ConfigurationError(f"{path}: has changed; leave the packed files alone during a run") from error
+        return decode_image(path, image[0]), values
 
     def _map(self, shard: int) -> np.ndarray:
         path = _paths(self.folder, shard)[0]

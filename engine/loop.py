@@ -260,7 +260,8 @@ def train_step(
 def produced(accelerator: Accelerator, parts: list[Any], names: Sequence[str]) -> dict[str, float]:
     """`pixels.NAME`: the share of each class among all pixels of a step's batch, over parts and processes."""
     pixels = torch.stack([part.pixels.sum(0) for part in parts]).sum(0).double()
-    pixels = add_up(accelerator, pixels.to(accelerator.device)).cpu()
+    if accelerator.num_processes > 1:  # else the host need not wait for a GPU
+        pixels = add_up(accelerator, pixels.to(accelerator.device)).cpu()
     shares = (pixels / pixels.sum()).tolist()
     return {f"pixels.{name}": share for name, share in zip(names, shares, strict=False)}
 

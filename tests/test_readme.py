@@ -12,6 +12,7 @@ import torch
 
 import distill
 import evaluate
+import inspect_data
 import train_teacher
 from engine.config import list_keys, parse
 
@@ -23,6 +24,7 @@ SCRIPTS = {
     "train_teacher": (train_teacher, None),
     "distill": (distill, "teacher.run"),
     "evaluate": (evaluate, "runs"),
+    "inspect_data": (inspect_data, None),
 }
 
 

@@ -264,5 +264,7 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
     import sys
 
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigurationError, match="^datasets: is not installed; pip install datasets$"):
+    with pytest.raises(
+        ConfigurationError, match="^datasets: the library is not installed; pip install 'datasets>=4'$"
+    ):
         build_dataset(DataConfig(name="huggingface", root="x/y", classes="c.yaml"), "train")

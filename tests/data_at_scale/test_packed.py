@@ -3,7 +3,9 @@
 import os
 import resource
 import shutil
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +28,7 @@ from data.streets.write import write_bdd100k, write_cityscapes
 from data.transforms import resize_image
 from errors import ConfigurationError, DamagedFileError, MachineError, UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = (48, 80)
 CROP = [32, 48]
 
@@ -122,7 +125,7 @@ def test_resized_is_what_training_makes_of_the_source(make: Make, size: list[int
     config = make(size=size, crop=[20, 20])
     write(config)
     data, source = opened(config)
-    assert pack_folder(config, "train").name == f"train_raw_{size[0]}x{size[1]}"
+    assert pack_folder(config, "train").name == f"{config.name}_train_raw_{size[0]}x{size[1]}"
     assert data.manifest_hash() != source.manifest_hash()
     for index in range(5):
         image, label = data.read(index)
@@ -280,7 +283,7 @@ def test_there_are_so_many_operations(forks: Forks, make: Make, tmp_path: Path) 
     operations = log.read_text().splitlines()
     assert len(operations) == OPERATIONS, operations
     assert operations[-4:] == ["write .manifest.json.tmp", "fsync .manifest.json.tmp",
-                               "replace .manifest.json.tmp", "fsync train_raw"]  # fmt: skip
+                               "replace .manifest.json.tmp", "fsync camvid_train_raw"]  # fmt: skip
 
 
 def test_a_killed_worker_ends_the_packing(forks: Forks, make: Make) -> None:
@@ -371,19 +374,69 @@ def test_a_folder_that_cannot_be_written(make: Make, tmp_path: Path, monkeypatch
         write(make())
 
 
-def test_a_begun_pack_of_other_files_is_not_gone_on_with(make: Make) -> None:
+def test_a_pack_of_other_files_is_not_gone_on_with(make: Make, sources: dict[str, Path], tmp_path: Path) -> None:
+    """Begun or finished; of files of another size, or with one byte changed."""
     config = make()
     write(config)
     folder = pack_folder(config, "train")
-    (folder / "manifest.json").unlink()
-    with pytest.raises(DamagedFileError, match="was packed of other files or in another way; delete"):
-        write(make("bdd100k"))
+    root = tmp_path / "other"
+    shutil.copytree(sources["camvid"], root)
+    other = make(root=str(root), packed_folder=config.packed_folder)
+    write(other)  # a copy of the same files
+    image = root / "train" / "scene_3.png"
+    whole = image.read_bytes()
+    for manifest in (True, False):
+        if not manifest:
+            (folder / "manifest.json").unlink()
+        cv2.imwrite(str(image), cv2.imread(str(image)), [cv2.IMWRITE_PNG_COMPRESSION, 0])
+        with pytest.raises(DamagedFileError, match="was packed of other files or in another way; delete"):
+            write(other)
+        image.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+        with pytest.raises(DamagedFileError, match=r"scene_3\.png: has changed since .* was packed of it; delete"):
+            write(other)
+        image.write_bytes(whole)
+    write(other)
+
+
+def test_a_damaged_pack_is_not_called_finished(make: Make) -> None:
+    config = make()
     write(config)
-    with pytest.raises(DamagedFileError, match="was packed of other files or in another way; delete"):
-        write(make("bdd100k"))
+    shard = next(pack_folder(config, "train").glob("*.bin"))
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DamagedFileError, match="is damaged, its SHA-256 is another; delete"):
+        write(config)
 
 
-# opening
+def test_two_do_not_pack_into_one_folder(make: Make) -> None:
+    config = make()
+    folder = pack_folder(config, "train")
+    folder.mkdir(parents=True)
+    with (
+        packed._alone(folder),
+        pytest.raises(ConfigurationError, match="another process is packing into it; wait"),
+    ):
+        write(config)
+    write(config)
+
+
+def test_workers_end_with_the_process_that_they_work_for() -> None:
+    """Killed, it leaves none behind that would go on writing."""
+    work = "import os, sys, time; sys.path.insert(0, '.'); from data.processes import map_processes; "
+    work += "list(map_processes(lambda_, [0, 1, 2, 3], workers=2))"
+    work = work.replace("list(", "\ndef lambda_(i): print(os.getpid(), flush=True); time.sleep(60)\nlist(")
+    process = subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.wait(10)
+    for _ in range(100):
+        if not any(Path(f"/proc/{worker}/cmdline").exists() and Path(f"/proc/{worker}/cmdline").read_bytes()
+                   for worker in workers):  # fmt: skip
+            return
+        time.sleep(0.1)
+    raise AssertionError("a worker is alive")
 
 
 def test_there_is_none(make: Make, tmp_path: Path) -> None:
@@ -391,9 +444,9 @@ def test_there_is_none(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         build_dataset(config, "train")
     assert str(caught.value) == (
-        f"{config.packed_folder}/train_jpeg_24x40: there is no such folder; pack the images by "
-        f"python inspect_data.py pack=true data.name=camvid data.root={config.root} data.packed_form=jpeg "
-        f"data.packed_folder={config.packed_folder} data.size=[24,40]"
+        f"{config.packed_folder}/camvid_train_jpeg_24x40: there is no such folder; pack the images by "
+        f"python inspect_data.py pack=true splits=[train] data.name=camvid data.root={config.root} "
+        f"data.packed_form=jpeg data.packed_folder={config.packed_folder} data.size=[24,40]"
     )
     with pytest.raises(ConfigurationError, match=r"^data\.packed: streets has no files to pack; leave"):
         build_dataset(DataConfig(packed=True), "train")
@@ -406,7 +459,7 @@ def test_the_source_is_compared_where_it_is_named(make: Make, sources: dict[str,
     shutil.copytree(sources["camvid"], root)
     config = make(root=str(root), packed_folder="")
     write(config)
-    assert pack_folder(config, "train") == root / "packed" / "train_raw"
+    assert pack_folder(config, "train") == root / "packed" / "camvid_train_raw"
     build_dataset(config, "train")
     label = root / "trainannot" / "scene_4.png"
     before = label.read_bytes()

@@ -281,6 +281,22 @@ def test_values_out_of_range_are_refused(key: str, value: float) -> None:
         DataConfig(**{key: value})  # type: ignore[arg-type]
 
 
+def test_what_would_do_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("SEGDISTILL_CACHE", str(cache))
+    for key in ("rare_crop", "copy_paste"):
+        with pytest.raises(
+            ConfigurationError, match=rf"^data\.{key}: 0.5 is not possible; it does nothing with data"
+        ):
+            DataConfig(augment=False, **{key: 0.5})  # type: ignore[arg-type]
+        data = build_dataset(DataConfig(scenes=4, size=[32, 64], rare_share=1e-9, **{key: 0.5}), "train")  # type: ignore[arg-type]
+        with pytest.raises(
+            ConfigurationError, match=r"^data\.rare_share: no class has less than 1e-09 of the pixels"
+        ):
+            data.train_loader(batch_size=2, seed=0, start_step=0, steps=1)
+    with pytest.raises(ConfigurationError, match=r"^data\.root: data\.name=streets is drawn and has no folder"):
+        build_dataset(DataConfig(root="datasets/mine"), "train")
+
+
 # colours on the device
 
 
