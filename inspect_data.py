@@ -11,6 +11,7 @@ inspect them by themselves.
 """
 
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import date
@@ -22,7 +23,7 @@ import numpy as np
 
 from data import DataConfig
 from data.build import STREETS_FIRST, Split
-from data.check import Fault, find_faults
+from data.check import Fault, find_faults, nothing_to_check
 from data.packed import write_pack
 from data.survey import (
     DAY,
@@ -49,7 +50,6 @@ from evaluation import data_report as page
 from evaluation.report import table
 
 SHOWN = 20  # faults of each check in the terminal
-WITHOUT_FILES = ("streets", "huggingface")
 
 
 @dataclass
@@ -81,6 +81,8 @@ class Config:
             raise ConfigurationError(f"splits: {self.splits} is not possible; name each split once")
         if self.workers < 0:
             raise ConfigurationError(f"workers: {self.workers} is not possible; give 0 or more")
+        if self.pack and self.against is not None:
+            raise ConfigurationError("against: is not packed; leave it out, and pack that data set by itself")
 
 
 def main(config: Config) -> None:
@@ -88,7 +90,7 @@ def main(config: Config) -> None:
         for split in config.splits:
             write_pack(config.data, cast(Split, split), config.workers)
         return
-    out, faults = Path(config.out), []
+    out, faults = make_folder(config.out), []
     sections: dict[str, list[str]] = {"What one should know": []}
     sets = data_sets(config)
     if config.doctor:
@@ -106,6 +108,16 @@ def main(config: Config) -> None:
     print(f"written: {out}/report.html, its tables {out}/*.csv and pictures {out}/*.png")
     if broken:
         raise ConfigurationError(f"{title}: {broken} faults in its files; {out}/report.html tells the fix of each")
+
+
+def make_folder(name: str) -> Path:
+    """The folder, made if need be. Raises ConfigurationError, before all the work, where no file can be made."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=name):
+            return Path(name)
+    except OSError as error:
+        raise ConfigurationError(f"out: can't write to {name} ({error.strerror}); name another folder") from error
 
 
 def data_sets(config: Config) -> dict[str, DataConfig]:
@@ -127,8 +139,8 @@ def examine_files(
     faults: list[Fault] = []
     lines = []
     for called, data in sets.items():
-        if data.name in WITHOUT_FILES:
-            lines.append(f"{data.name}: has no files of images and labels, there is nothing to check.")
+        if reason := nothing_to_check(data):
+            lines.append(f"{data.name}: {reason}.")
             continue
         found = find_faults(data, config.splits, workers=config.workers)
         faults += [fault._replace(split=called + fault.split) for fault in found]

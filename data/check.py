@@ -111,9 +111,9 @@ class Seen(NamedTuple):
 def find_faults(config: DataConfig, splits: Sequence[str], *, workers: int = 0) -> list[Fault]:
     """All faults and notices of the files of these splits: split by split, faults first.
 
-    `workers` is that of map_processes. The drawn streets have no files, and so no faults.
+    `workers` is that of map_processes. Where `nothing_to_check` there are none.
     """
-    if config.name == "streets":
+    if nothing_to_check(config):
         return []
     faults: list[Fault] = []
     found: list[tuple[str, Files]] = []
@@ -123,7 +123,8 @@ def find_faults(config: DataConfig, splits: Sequence[str], *, workers: int = 0) 
                 files = find_files(config, cast(Split, split))
             except ConfigurationError as error:
                 fault = _fault(split, "layout", str(error))
-                if fault.file.startswith("data."):  # a key, and the same for each split
+                is_key = re.fullmatch(r"data\.\w+", fault.file) and not Path(fault.file).exists()
+                if is_key:  # the same for each split
                     return [fault._replace(split="")]
                 faults.append(fault)
                 continue
@@ -138,6 +139,15 @@ def find_faults(config: DataConfig, splits: Sequence[str], *, workers: int = 0) 
     faults += [*_class_notices(seen), *_picture_faults(seen), *_video_notices(seen)]
     order = {split: position for position, split in enumerate(["", *splits])}
     return sorted(faults, key=lambda fault: (order[fault.split], fault.severity))
+
+
+def nothing_to_check(config: DataConfig) -> str:
+    """Why a data set has no files to check, or "" where it has."""
+    if config.name in ("streets", "huggingface"):
+        return "has no files of images and labels, there is nothing to check"
+    if config.packed and config.packed_folder and not config.root:
+        return "is a pack without its source, there is nothing to check; opening the pack compares its SHA-256"
+    return ""
 
 
 def _fault(split: str, check: Check, message: str, file: Path | None = None) -> Fault:
@@ -373,12 +383,15 @@ def _picture_faults(seen: list[Seen]) -> Iterator[Fault]:
     ]
     first: dict[tuple[str, str], Picture] = {}  # by split and pixels
     leaked = set()
+    distinct = []  # all but exact copies within a split
     for k, picture in enumerate(pictures):
         twin = first.setdefault((picture.split, picture.pixels), picture)
         if twin is not picture:
             problem = f"shows exactly what {twin.path} shows"
             fix = "remove one with its label"
             yield Fault(picture.split, "duplicate", "fault", str(picture.path), problem, fix)
+        else:
+            distinct.append(k)
         for one in seen:
             original = first.get((one.split, picture.pixels))
             if one.split != picture.split and original is not None:
@@ -386,11 +399,16 @@ def _picture_faults(seen: list[Seen]) -> Iterator[Fault]:
                 yield _leak(picture, original, "shows exactly what {} shows")
     if not pictures:
         return
-    similar = find_similar(np.array([picture.thumbnail for picture in pictures]))
+    splits = [one.split for one in seen]
+    similar = find_similar(
+        np.array([pictures[k].thumbnail for k in distinct]),
+        np.array([splits.index(pictures[k].split) for k in distinct]),
+    )
     nearly: dict[tuple[str, str], list[tuple[float, int, int]]] = defaultdict(list)
-    for i, j, agreement in sorted(similar.tolist(), key=lambda pair: -pair[2]):
+    for row, column, agreement in sorted(similar.tolist(), key=lambda pair: -pair[2]):
+        i, j = distinct[row], distinct[column]
         a, b = pictures[i], pictures[j]
-        if a.pixels == b.pixels or j in leaked:
+        if j in leaked:  # also where the pixels of both are the same
             continue
         if a.split != b.split and agreement >= COPY:
             leaked.add(j)
@@ -399,13 +417,13 @@ def _picture_faults(seen: list[Seen]) -> Iterator[Fault]:
             nearly[a.split, b.split].append((agreement, i, j))
     for (split, other), pairs in nearly.items():
         agreement, i, j = pairs[0]
-        number = len({j for _, _, j in pairs})
+        number = len(pairs)  # of each image there is one
         of = sum(picture.split == other for picture in pictures)
         problem = (
             f"nearly shows what {pictures[i].path} shows (agreement {agreement:.2f}), as {number} of {of} images "
         )
         if split == other:
-            copies = len({j for agreement, _, j in pairs if agreement >= COPY})
+            copies = sum(agreement >= COPY for agreement, _, _ in pairs)
             problem += f"do with another of {other}; {copies} of these can hardly be told apart"
             fix = "leave them, if they are frames of a video: they count for less than their number"
             yield Fault(other, "duplicate", "notice", str(pictures[j].path), problem, fix)

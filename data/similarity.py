@@ -34,8 +34,7 @@ SIDE = 64
 TILES = 4
 GRID = 16  # coefficients of the DCT a side
 NOISE = 1.5  # grey levels; what differs by less is the same
-BLOCK = 512  # hashes that are compared with all others at once
-PAIRS = 2048  # pairs whose thumbnails are compared at once
+BLOCK = 512  # images that are compared with as many others at once
 
 
 def make_thumbnail(image: np.ndarray) -> np.ndarray:
@@ -49,43 +48,60 @@ def hash_signs(thumbnail: np.ndarray) -> np.ndarray:
     return np.where(coefficients > np.median(coefficients), 1, -1).astype(np.float32)
 
 
-def find_similar(thumbnails: np.ndarray) -> np.ndarray:
-    """The pairs of thumbnails uint8 [N, 64, 64] that agree to NEAR or more: records i, j, agreement, with i < j.
+def find_similar(thumbnails: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """For each of N thumbnails uint8 [N, 64, 64], the one before it in each group that it agrees with most.
 
-    N^2 products of 255 numbers in blocks: seconds for 10 000. Images of one colour are all alike; leave them out.
+    `groups` int64 [N] are numbered from 0. Records i, j, agreement, with i < j, of those that agree to NEAR or
+    more: at most one for each j and each group of an i, the first i of equal ones.
+
+    N^2 products of 255 numbers in blocks, and of 4096 where images are alike: seconds for 10 000 that differ, or
+    for 2000 of one picture. Images of one colour are all alike; leave them out.
     """
-    kind = np.dtype([("i", np.int64), ("j", np.int64), ("agreement", np.float64)])
-    found = [np.zeros(0, kind)]
-    for i, j in _candidates(np.array([hash_signs(thumbnail) for thumbnail in thumbnails])):
-        pairs = np.zeros(len(i), kind)
-        pairs["i"], pairs["j"] = i, j
-        pairs["agreement"] = _agreement(thumbnails, i, j)
-        found.append(pairs[pairs["agreement"] >= NEAR])
-    return np.concatenate(found)
+    agreement = np.full((int(groups.max()) + 1, len(thumbnails)), -np.inf, np.float32)
+    partner = np.zeros(agreement.shape, np.int64)
+    for rows, columns, close in _candidates(np.array([hash_signs(thumbnail) for thumbnail in thumbnails])):
+        values = np.where(close, _agreement(_tiles(thumbnails[rows]), _tiles(thumbnails[columns])), -np.inf)
+        for group in np.unique(groups[rows]).tolist():
+            inside = np.flatnonzero(groups[rows] == group)
+            best = inside[values[inside].argmax(0)]
+            value = values[best, np.arange(len(columns))]
+            better = value > agreement[group, columns]
+            agreement[group, columns[better]] = value[better]
+            partner[group, columns[better]] = rows[best[better]]
+    group, j = np.nonzero(agreement >= NEAR)
+    found = np.zeros(len(j), [("i", np.int64), ("j", np.int64), ("agreement", np.float64)])
+    found["i"], found["j"], found["agreement"] = partner[group, j], j, agreement[group, j]
+    return found
 
 
-def _candidates(signs: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(i, j), i < j, of the pairs that differ in at most HASH_BITS bits, at most PAIRS at once."""
+def _candidates(signs: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Blocks of pairs i < j that differ in at most HASH_BITS bits: all i, all j, and bool [i, j], which do."""
     for start in range(0, len(signs), BLOCK):
-        products = signs[start : start + BLOCK] @ signs[start:].T  # 255 less twice the number of different bits
-        close = np.triu(products >= signs.shape[1] - 2 * HASH_BITS, 1)
-        i, j = np.nonzero(close)
-        for first in range(0, len(i), PAIRS):
-            part = slice(first, first + PAIRS)
-            yield i[part] + start, j[part] + start
+        for first in range(start, len(signs), BLOCK):
+            products = signs[start : start + BLOCK] @ signs[first : first + BLOCK].T
+            close = products >= signs.shape[1] - 2 * HASH_BITS  # 255 less twice the number of different bits
+            close = np.triu(close, start - first + 1)
+            rows, columns = np.flatnonzero(close.any(1)), np.flatnonzero(close.any(0))
+            if len(rows):
+                yield rows + start, columns + first, close[np.ix_(rows, columns)]
 
 
-def _agreement(thumbnails: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """float64 [pairs], from -1 to 1: the second lowest of the correlations of the tiles."""
-    used, place = np.unique([i, j], return_inverse=True)
+def _tiles(thumbnails: np.ndarray) -> np.ndarray:
+    """float32 [16, N, 256]: the tiles of uint8 [N, 64, 64], less their mean."""
     side = SIDE // TILES
-    rows = thumbnails[used].astype(np.float32).reshape(-1, TILES, side, TILES, side)
-    tiles = rows.swapaxes(2, 3).reshape(-1, TILES**2, side**2)
-    tiles -= tiles.mean(2, keepdims=True)
-    place = place.reshape(2, -1)
-    a, b = tiles[place[0]], tiles[place[1]]
-    energy = np.einsum("nts,nts->nt", tiles, tiles)
-    least = side**2 * NOISE**2
-    products = np.einsum("nts,nts->nt", a, b)
-    correlation = (products + least) / (np.sqrt(energy[place[0]] * energy[place[1]]) + least)
-    return np.sort(correlation, 1)[:, 1].astype(np.float64)
+    split = thumbnails.astype(np.float32).reshape(-1, TILES, side, TILES, side)
+    tiles = np.ascontiguousarray(split.transpose(1, 3, 0, 2, 4)).reshape(TILES**2, -1, side**2)
+    return np.asarray(tiles - tiles.mean(2, keepdims=True))
+
+
+def _agreement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """float32 [N, M], from -1 to 1: the second lowest of the correlations of the tiles, [16, N, 256] and so on."""
+    least = SIDE**2 / TILES**2 * NOISE**2
+    lowest = np.full((a.shape[1], b.shape[1]), np.inf, np.float32)
+    second = lowest.copy()
+    for one, other in zip(a, b, strict=True):
+        energies = np.outer(np.einsum("ns,ns->n", one, one), np.einsum("ns,ns->n", other, other))
+        correlation = (one @ other.T + least) / (np.sqrt(energies) + least)
+        second = np.minimum(second, np.maximum(lowest, correlation))
+        lowest = np.minimum(lowest, correlation)
+    return second

@@ -28,7 +28,7 @@ import numpy as np
 
 from data.build import DataConfig, Split, build_dataset, find_files
 from data.dataset import SegmentationData
-from data.files import Pair, check_file, read_bytes, read_image, read_label
+from data.files import Pair, check_file, decode_image, is_jpeg, read_bytes, read_image, read_label
 from data.labels import IGNORE_INDEX, Labels
 from data.processes import map_processes
 from data.statistics import Scheme, cache_folder, class_weights
@@ -41,7 +41,7 @@ SMALL, LARGE = 1 / 300, 3 / 100  # of the image: 32² and 96² pixels of 640x480
 NIGHT, DAY = 45, 70  # mean luma: night below the first, day from the second, dusk between
 RARE = 0.01  # of the labelled pixels
 RESAMPLES = 400
-VERSION = b"survey 1\n"  # of the records; another one makes the kept records unknown
+VERSION = b"survey 2\n"  # of the records; another one makes the kept records unknown
 SCHEMES: tuple[Scheme, ...] = ("inverse", "median", "enet", "effective")
 MEASURES = {"pixels": "log2", "images": "log2", "size": "log2", "place": "bits"}
 
@@ -225,10 +225,13 @@ def _examine_pair(table: np.ndarray, classes: int, cache: Path | None, pair: Pai
             f"{pair.label}: is {label.shape[1]}x{label.shape[0]} but its image {pair.image} is {width}x{height}; "
             "a label must have its image's size"
         )
-    flags = cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION
-    grey = cv2.imdecode(np.frombuffer(image, np.uint8), flags)
-    if grey is None:
-        raise ConfigurationError(f"{pair.image}: cannot be decoded; copy it again")
+    buffer = np.frombuffer(image, np.uint8)
+    if is_jpeg(image):
+        grey = cv2.imdecode(buffer, cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_IGNORE_ORIENTATION)
+        if grey is None:
+            raise ConfigurationError(f"{pair.image}: cannot be decoded; copy it again")
+    else:  # of which reduced decoding would take every eighth pixel, not the mean
+        grey = _reduced_grey(decode_image(pair.image, buffer))
     record = examine(label, grey, classes)
     return _Answer(record, key, _to_bytes(record))
 
@@ -242,10 +245,15 @@ def _examine_read(opened: str, classes: int, cache: Path | None, index: int) -> 
     if (known := _find(cache, key)) is not None:
         return _Answer(known, key, None)
     image, label = _opened[opened].read(index)
+    record = examine(label, _reduced_grey(image), classes)
+    return _Answer(record, key, _to_bytes(record))
+
+
+def _reduced_grey(image: np.ndarray) -> np.ndarray:
+    """uint8 [H/8, W/8] luma of uint8 [H, W, 3] RGB, each pixel the mean of 8x8."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     size = -(-grey.shape[1] // 8), -(-grey.shape[0] // 8)
-    record = examine(label, cv2.resize(grey, size, interpolation=cv2.INTER_AREA), classes)
-    return _Answer(record, key, _to_bytes(record))
+    return cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
 
 
 # what is kept on disk

@@ -76,15 +76,16 @@ def seeds_table(results: Sequence[Result]) -> str:
     """One row for each method: its costs, the mean over its seeds and their spread; "" where no method has two.
 
     The method of a result is its key `method`: equal for runs that differ in their seed alone. ± is the standard
-    deviation over the seeds (n - 1). A method is named by what the names of its runs begin with.
+    deviation over the seeds (n - 1). A method is named by what the names of its runs begin with, or by its first
+    run where that is nothing or not its alone.
     """
     methods = by_method(results)
     if max(map(len, methods)) < 2:
         return ""
     shown = {"miou": "mIoU %", "pixel_accuracy": "pixel acc. %", "class_accuracy": "class acc. %"}
     rows = []
-    for runs in methods:
-        row: dict[str, Any] = {"method": method_name([str(run["run"]) for run in runs])}
+    for name, runs in zip(_method_names(methods), methods, strict=True):
+        row: dict[str, Any] = {"method": name}
         row["seeds"] = len(runs)
         for key, heading in {"parameters": "params", "flops": "FLOPs"}.items():
             row[heading] = quantity(runs[0][key]) if key in runs[0] else ABSENT  # the same for every seed
@@ -103,7 +104,7 @@ def seeds_table(results: Sequence[Result]) -> str:
 def seeds_by_class(results: Sequence[Result], classes: Sequence[str]) -> str:
     """IoU in percent of every class (rows) by every method (columns), mean ± standard deviation over its seeds.
 
-    Methods are told apart as in `seeds_table`; "" where no method has two seeds.
+    Methods are told apart and named as in `seeds_table`; "" where no method has two seeds.
     """
     methods = by_method(results)
     if max(map(len, methods)) < 2:
@@ -115,7 +116,7 @@ def seeds_by_class(results: Sequence[Result], classes: Sequence[str]) -> str:
         shown = f"{100 * statistics.mean(values):.1f}"
         return f"{shown} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else shown
 
-    columns = {method_name([str(run["run"]) for run in runs]): runs for runs in methods}
+    columns = dict(zip(_method_names(methods), methods, strict=True))
     rows = [
         {"class": c} | {m: spread([run["iou"][c] for run in runs]) for m, runs in columns.items()} for c in classes
     ]
@@ -136,6 +137,16 @@ def method_name(runs: Sequence[str]) -> str:
     fellow = os.path.commonprefix([run[::-1] for run in runs])[::-1].rpartition("/")[2] if len(runs) > 1 else ""
     start = os.path.commonprefix(list(runs)).rstrip("-_./")
     return f"{start}/{fellow}" if fellow and all(run.endswith(f"/{fellow}") for run in runs) else start
+
+
+def _method_names(methods: Sequence[Sequence[Result]]) -> list[str]:
+    """A name for each method, all different: `method_name`, or that of its first run."""
+    names = [method_name([str(run["run"]) for run in runs]) for runs in methods]
+    named = [
+        {"run": name if name and names.count(name) == 1 else runs[0]["run"]}
+        for name, runs in zip(names, methods, strict=True)
+    ]
+    return _run_names(named)
 
 
 def calibration_table(results: Sequence[Result]) -> str:

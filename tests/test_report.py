@@ -130,6 +130,15 @@ def test_classes_over_seeds() -> None:
     assert rows[2:] == [["sky", "41.0 ± 1.4", "30.0", "–"], ["pole", "25.0 ± 0.0", "25.0", "25.0"],
                         ["mean", "50.0 ± 0.0", "50.0", "50.0"]]  # fmt: skip
     assert seeds_by_class(runs[2:], ["sky"]) == ""
+    # names that begin with nothing in common
+    runs = [
+        result("1_kd", "kd", 0.4),
+        result("2_kd", "kd", 0.4),
+        result("1_ce", "ce", 0.2),
+        result("2_ce", "ce", 0.2),
+    ]
+    assert cells(seeds_by_class(runs, ["sky"]))[0] == ["class", "1_kd", "1_ce"]
+    assert cells(seeds_by_class(runs, ["sky"]))[2] == ["sky", "40.0 ± 0.0", "20.0 ± 0.0"]
 
 
 def test_classes_of_several_runs() -> None:

@@ -1,6 +1,7 @@
 """inspect_data.py from end to end on small sets: its exit codes, its page, its tables and pictures."""
 
 import io
+import os
 import re
 import runpy
 import sys
@@ -184,17 +185,56 @@ def test_parts_can_be_left_out(root: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in (tmp_path / "none").iterdir()] == ["report.html"]
 
 
-def test_packing_only_packs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_only_packs(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = ["data.name=bdd100k", f"data.root={root}", f"data.packed_folder={tmp_path / 'packed'}"]
     assert run(monkeypatch, *data, "pack=true", f"out={tmp_path / 'out'}") == 0
-    assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == ["train_raw", "val_raw"]
+    assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == [
+        "bdd100k_train_raw",
+        "bdd100k_val_raw",
+    ]
     assert not (tmp_path / "out").exists()
+    assert run(monkeypatch, *data, "pack=true", "against.name=cityscapes") == 2
+    assert "against: is not packed" in capsys.readouterr().err
     # what was packed has the statistics of its source
     for name, packed in (("source", "false"), ("packed", "true")):
         more = [f"data.packed={packed}", "doctor=false", "splits=[train]", f"out={tmp_path / name}"]
         assert run(monkeypatch, *data, *more) == 0
     for table in ("classes_train.csv", "instances_train.csv"):
         assert (tmp_path / "source" / table).read_text() == (tmp_path / "packed" / table).read_text()
+
+
+def test_a_pack_without_its_source_has_nothing_to_check(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["data.name=bdd100k", f"data.packed_folder={tmp_path / 'packed'}", "splits=[val]"]
+    assert run(monkeypatch, *data, f"data.root={root}", "pack=true") == 0
+    assert run(monkeypatch, *data, "data.packed=true", f"out={tmp_path / 'out'}") == 0
+    assert "bdd100k: is a pack without its source, there is nothing to check" in capsys.readouterr().out
+    assert (tmp_path / "out" / "classes_val.csv").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_a_file_in_the_way_of_the_report_is_found_before_the_work(
+    below: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("")
+    out = f"{tmp_path / 'out'}{below}"
+    assert run(monkeypatch, "data.name=bdd100k", f"data.root={root}", f"out={out}") == 2
+    captured = capsys.readouterr()
+    assert f"error: out: can't write to {out} (" in captured.err
+    assert captured.err.rstrip().endswith("); name another folder")
+    assert "faults" not in captured.out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only_is_found_before_the_work(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir(mode=0o555)
+    assert run(monkeypatch, "data.name=bdd100k", f"data.root={root}", f"out={tmp_path / 'out'}") == 2
+    assert f"out: can't write to {tmp_path / 'out'} (Permission denied)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

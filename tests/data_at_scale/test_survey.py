@@ -181,6 +181,17 @@ def test_brightness_by_reduced_decoding_is_that_of_the_whole_image(tmp_path: Pat
         assert 0.9 * luma.std() < s.contrast[0] < 1.05 * luma.std()
 
 
+def test_png_and_jpeg_of_fine_detail_have_the_same_contrast(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (128, 256, 1), dtype=np.uint8).repeat(3, 2)
+    contrasts = []
+    for suffix, options in (("JPEG", {"quality": 98}), ("PNG", {})):
+        config = write(tmp_path / suffix, [np.zeros((128, 256), np.uint8)])
+        Image.fromarray(image).save(tmp_path / suffix / "train" / "000.jpg", suffix, **options)
+        contrasts.append(survey(config, "train", workers=1).contrast[0])
+    assert contrasts[0] == pytest.approx(image.std() / 8, rel=0.1)  # of means of 64
+    assert contrasts[1] == pytest.approx(contrasts[0], rel=0.03)
+
+
 @pytest.fixture
 def known(tmp_path: Path) -> Survey:
     """Four images: sky everywhere; road in three; car in two of those, once large; a bicyclist in the first."""
