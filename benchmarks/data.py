@@ -62,7 +62,7 @@ class Config:
     """Batches that are taken from each loader; the first quarter of them is not counted."""
     target: float = 400.0
     """Images a second that a GPU's training takes: assumed is a student of 0.5 M parameters in bf16."""
-    steps: int = 40
+    steps: int = 160
     """Steps of the demo's student; the waiting in the first quarter of them is not counted."""
     output: str = "results/data.md"
     """Where the tables are written."""
@@ -246,7 +246,7 @@ Images a second by the clock, of `train_loader` and with nothing else to do:
 {table(loaders)}
 
 Of its time, a training of the demo's student (`configs/demo_baseline.yaml`, one thread, {config.steps} steps less
-the first quarter, in the epoch that draws the scenes) waits for data:
+the first quarter; the first 75 draw the scenes) waits for data:
 
 {table(waiting)}
 

@@ -440,17 +440,21 @@ def _leak(picture: Picture, other: Picture, how: str) -> Fault:
 
 
 def _video_notices(seen: list[Seen]) -> Iterator[Fault]:
-    """Of neighbouring frames of one video in two splits, by names that end in a number: 0016E5_07959."""
+    """Of neighbouring frames of one video in two splits, by names that end in a number: 0016E5_07959.
+
+    Where both splits have the same number, they count by themselves (a0--000 in each), and it is no one video.
+    """
     for one, other in combinations(seen, 2):
         known: dict[str, list[tuple[int, Pair]]] = defaultdict(list)
         for pair in one.files.pairs:
             if frame := _frame(pair.name):
                 known[frame[0]].append((frame[1], pair))
         numbers = {video: np.array([number for number, _ in frames]) for video, frames in known.items()}
+        theirs = [_frame(pair.name) for pair in other.files.pairs]
+        apart = {frame[0] for frame in theirs if frame and frame[1] in numbers.get(frame[0], ())}
         gaps = []
-        for pair in other.files.pairs:
-            frame = _frame(pair.name)
-            if frame is None or frame[0] not in known:
+        for pair, frame in zip(other.files.pairs, theirs, strict=True):
+            if frame is None or frame[0] not in known or frame[0] in apart:
                 continue
             distances = np.abs(numbers[frame[0]] - frame[1])
             nearest = int(distances.argmin())

@@ -460,6 +460,15 @@ def test_neighbouring_frames_in_two_splits(clean: Callable[[str], Path], tmp_pat
     assert "1 of 3 images are less than 60 frames from one of train, and 2 are of its videos" in found.problem
 
 
+def test_splits_that_count_by_themselves_are_no_video(clean: Callable[[str], Path], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(clean("camvid"), tmp_path / "set"))
+    frames = {"train_0001": "a_001", "train_0002": "a_002", "val_0005": "a_002", "val_0006": "a_003"}
+    for old, new in frames.items():
+        for path in root.rglob(f"{old}.*"):
+            path.rename(path.with_stem(new))
+    assert not [one for one in diagnose("camvid", root) if one.check == "leakage"]
+
+
 def test_nearly_the_same_pictures_are_told(clean: Callable[[str], Path], tmp_path: Path) -> None:
     root = Path(shutil.copytree(clean("camvid"), tmp_path / "set"))
     for old, new in (
