@@ -348,12 +348,12 @@ class SegmentationData(Dataset[Batch], ABC):
             raise ConfigurationError(f"seed: {seed} is outside 0..4294967295; choose one inside")
         if self.settings.crop is None and self.settings.size is None:
             self._check_one_size()
-        if self.settings.rare_crop or self.settings.copy_paste:
-            if not self.rare:  # counted here, once for all workers
-                raise ConfigurationError(
-                    f"data.rare_share: no class has less than {self.settings.rare_share:g} of the pixels, and "
-                    "nothing to seek or paste; raise it, or name data.rare_classes"
-                )
+        wanted = self.settings.rare_crop or self.settings.copy_paste
+        if wanted and not self.rare:  # counted here, once for all workers
+            raise ConfigurationError(
+                f"data.rare_share: no class has less than {self.settings.rare_share:g} of the pixels, so there is "
+                "nothing to seek or paste; raise it, or name data.rare_classes"
+            )
         sampler = StepSampler(
             self._order(batch_size, seed),
             steps_per_epoch=self.steps_per_epoch(batch_size),
