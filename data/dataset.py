@@ -258,6 +258,15 @@ class SegmentationData(Dataset[Batch], ABC):
         )
         return cut._replace(part=part, label=label)
 
+    def notes(self) -> list[str]:
+        """What a person should know of the samples at the start of a training, besides their number."""
+        settings = self.settings
+        told = [] if settings.sampling == "uniform" else [f"drawn by {settings.sampling}"]
+        if settings.copy_paste or (settings.rare_crop and settings.sampling != "rare_class"):
+            names = ", ".join(self.labels.names[c] for c in self.rare) or "none"
+            told.append(f"rare classes for crops and copy-paste: {names}")
+        return told
+
     @cached_property
     def rare(self) -> list[int]:
         """The classes that data.rare_crop and data.copy_paste call rare."""
@@ -348,7 +357,8 @@ class SegmentationData(Dataset[Batch], ABC):
             raise ConfigurationError(f"seed: {seed} is outside 0..4294967295; choose one inside")
         if self.settings.crop is None and self.settings.size is None:
             self._check_one_size()
-        wanted = self.settings.rare_crop or self.settings.copy_paste
+        by_class = self.settings.sampling == "rare_class"  # which gives every crop a class to seek
+        wanted = self.settings.copy_paste or (self.settings.rare_crop and not by_class)
         if wanted and not self.rare:  # counted here, once for all workers
             raise ConfigurationError(
                 f"data.rare_share: no class has less than {self.settings.rare_share:g} of the pixels, so there is "

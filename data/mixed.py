@@ -70,6 +70,14 @@ class MixedData(SegmentationData):
             cut = cut._replace(label=np.where(cut.label == UNLABELLED, np.uint8(IGNORE_INDEX), cut.label))
         return cut
 
+    def notes(self) -> list[str]:
+        whole = sum(weight for _, _, weight in self.sources)
+        shares = []
+        for called, data, weight in self.sources:
+            unlabelled = " without labels" if data.unlabelled else ""
+            shares.append(f"{called}: {len(data)} images{unlabelled}, {weight / whole:.1%} of an epoch")
+        return [*shares, *super().notes()]
+
     def manifest_hash(self) -> str:
         hashes = [f"{called} {data.manifest_hash()}\n" for called, data, _ in self.sources]
         return hashlib.sha256("".join(["mixed\n", *hashes]).encode()).hexdigest()

@@ -412,6 +412,9 @@ class PackedData(SegmentationData):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # each process maps for itself
 
+    def notes(self) -> list[str]:
+        return [f"packed as {self.form}, {self.folder}", *super().notes()]
+
     def _check_one_size(self) -> None:
         sizes = self._places[:, 0, 2:]
         different = np.flatnonzero((sizes != sizes[0]).any(1))

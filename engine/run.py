@@ -114,6 +114,8 @@ class Run:
             for note in model.notes():
                 self.say(f"{role}: {note}")
         self.say(f"data: {len(data)} images, {len(data.labels.names)} classes")
+        for note in data.notes():
+            self.say(f"data: {note}")
         for called, objective in objectives.items():
             for line in objective.describe():
                 self.say(f"{called}: {line}")

@@ -57,6 +57,8 @@ def mixed(roots: dict[str, str], **changed: Any) -> MixedData:
 def test_the_parts_are_read(roots: dict[str, str]) -> None:
     data = mixed(roots)
     assert (len(data), data.unlabelled, data.labels) == (23, True, CITYSCAPES)
+    assert data.notes() == ["streets: 8 images, 54.1% of an epoch", "bdd100k: 10 images, 27.0% of an epoch",
+                            "unlabelled: 5 images without labels, 18.9% of an epoch"]  # fmt: skip
     assert data.names[0] == "streets--train_000000"
     assert data.names[8].startswith("bdd100k--00000000-")
     assert data.names[18:] == [f"unlabelled--{name}" for name in ("0--0", "0--2", "0--4", "1--1", "1--3")]

@@ -281,6 +281,17 @@ def test_values_out_of_range_are_refused(key: str, value: float) -> None:
         DataConfig(**{key: value})  # type: ignore[arg-type]
 
 
+def test_what_is_rare_is_said(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    monkeypatch.setenv("SEGDISTILL_CACHE", str(cache))
+    config: dict[str, Any] = {"scenes": 8, "size": [32, 64]}
+    assert build_dataset(DataConfig(**config), "train").notes() == []
+    named = build_dataset(DataConfig(**config, copy_paste=0.5, rare_classes=["person", "car"]), "train")
+    assert named.notes() == ["rare classes for crops and copy-paste: person, car"]
+    by_class = build_dataset(DataConfig(**config, sampling="rare_class", rare_crop=0.1, rare_share=1e-9), "train")
+    assert by_class.notes() == ["drawn by rare_class"]
+    next(iter(by_class.train_loader(batch_size=2, seed=0, start_step=0, steps=1)))  # the sampler says what to seek
+
+
 def test_what_would_do_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("SEGDISTILL_CACHE", str(cache))
     for key in ("rare_crop", "copy_paste"):
