@@ -229,8 +229,9 @@ def train_step(
     parameters = [p for group in player.optimizer.param_groups for p in group["params"]]
     clipped = accelerator.clip_grad_norm_(parameters, config.clip or math.inf)
     # The one moment of a learner's step at which the host waits for a GPU.
-    *values_added, norm, stops = torch.cat([added, clipped.reshape(1).to(added), shared[-1:]]).tolist()
-    logged, terminated = dict(zip(sums, values_added, strict=True)), stops > 0
+    told = torch.cat([added, clipped.reshape(1).to(added), shared]).tolist()
+    logged, norm = dict(zip(sums, told, strict=False)), told[len(sums)]
+    counted, terminated = told[len(sums) + 1 : -1], told[-1] > 0
     scaled = accelerator.scaler is not None  # fp16's scaler skips overflowing gradients by itself
     finite = math.isfinite(logged["loss"]) and (scaled or math.isfinite(norm))
     if not finite and config.on_nonfinite == "stop":
@@ -249,6 +250,10 @@ def train_step(
         for buffer, before in zip(player.statistics, statistics, strict=True):
             buffer.copy_(before)
     player.optimizer.zero_grad(set_to_none=True)
+    if isinstance(learner, Learner):  # a term that nothing was counted for has no value, and 0 is none
+        for name, count in zip(learner.objective.terms, counted, strict=True):
+            if count == 0:
+                logged.pop(name, None)
     logged |= {
         "lr": rate,
         "gradient_norm": norm,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,15 @@ from torch import Tensor
 from data import DataConfig, build_dataset
 from data.labels import UNLABELLED
 from data.streets.write import write_bdd100k
+from engine.loop import train_step
+from engine.player import Learner, Player, TrainConfig
+from engine.run import start_accelerator
+from engine.teachers import LiveTeacher, TeacherConfig
 from errors import ConfigurationError
 from losses import DistillationLoss, LossConfig
 from losses.distillation import told_apart
 from losses.logits import KDConfig
+from models.unet import UNet
 
 WEIGHTED = [name for name, case in CASES.items() if "class_weights" in case.options and case.name != "bpkd"]
 TAUGHT = [name for name, case in CASES.items() if not case.supervised and name not in WEIGHTED]
@@ -196,6 +202,24 @@ def test_parts_of_a_batch_add_up_to_the_batch(variant: str) -> None:
     assert loss == pytest.approx(float(whole.detach()), rel=1e-12)
     for gradient, total in zip(expected, found, strict=True):
         torch.testing.assert_close(total, gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_a_step_without_labels_has_no_supervised_value() -> None:
+    """0 would be averaged into what is logged."""
+    config = TrainConfig(batch_size=2, threads=1)
+    accelerator = start_accelerator(config)
+    torch.manual_seed(0)
+    model, teacher = UNet(list("abcd"), 4, 1, 2), UNet(list("abcd"), 4, 1, 2)
+    torch.nn.init.normal_(teacher.classifier.weight)
+    objective = DistillationLoss(LossConfig(kd=KDConfig()), model.taps, teacher.taps, unlabelled=True)
+    live = LiveTeacher([teacher], accelerator.device, accelerator.autocast, TeacherConfig())
+    player = Player(Learner(model, objective, live), config, accelerator)
+    run: Any = SimpleNamespace(accelerator=accelerator, seed=0, terminated=False)
+    for label, expected in ((UNLABELLED, {"kd"}), (1, {"cross_entropy", "kd"})):
+        part = SimpleNamespace(images=torch.randn(2, 3, 16, 24), labels=torch.full((2, 16, 24), label))
+        told, _ = train_step(run, player, [part], 0, 10)
+        assert {"cross_entropy", "kd"} & told.keys() == expected
+        assert told["loss"] > 0
 
 
 @pytest.mark.parametrize("variant", WEIGHTED)
