@@ -184,11 +184,12 @@ def build_dataset(config: DataConfig, split: Split) -> SegmentationData:
         from data.packed import PackedData  # which writes what this module reads
 
         return PackedData(config, split, settings)
-    if config.name == "streets" and config.root:
-        raise ConfigurationError(
-            "data.root: data.name=streets is drawn and has no folder; name the data set, as data.name=cityscapes"
-        )
     if config.name == "streets":
+        if config.root:
+            raise ConfigurationError(
+                "data.root: data.name=streets is drawn and has no folder; name the data set, as "
+                "data.name=cityscapes"
+            )
         return StreetsData(config, split, settings)
     if config.name == "huggingface":
         return open_huggingface(config.root, config.classes, split, settings)
@@ -211,8 +212,8 @@ def _mix(config: DataConfig, settings: Settings) -> MixedData:
             assert one.name is not None
             called = one.name
             packed = config.packed and called not in ("streets", "huggingface")
-            part = replace(config, name=called, root=one.root, classes=one.classes, packed=packed, mix=[])
-            part.packed_folder = ""
+            part = replace(config, name=called, root=one.root, classes=one.classes, mix=[])
+            part = replace(part, packed=packed, packed_folder="")
             try:
                 data = build_dataset(part, one.split)
             except ConfigurationError as error:
@@ -298,9 +299,6 @@ class StreetsData(SegmentationData):
             if "streets" in path.name or path.parent.name == "streets":  # another drawing is another data set
                 digest.update(path.read_bytes())
         return digest.hexdigest()
-
-    def _count_key(self) -> str:
-        return self.manifest_hash()
 
     def _count_one(self, index: int) -> np.ndarray:
         return count_classes(self.read(index)[1], len(self.labels))

@@ -19,6 +19,7 @@ from data.device import finish_images
 from data.files import (
     Pair,
     bad_values_error,
+    check_one_size,
     check_pairs,
     map_threads,
     read_bytes,
@@ -102,7 +103,7 @@ EVALUATION = -1  # as a key's epoch: the whole image, no augmentation, the label
 
 
 class SegmentationData(Dataset[Batch], ABC):
-    """Images with labels of one split. A reader gives `read`, `manifest_hash` and `_count_key`."""
+    """Images with labels of one split. A reader gives `read` and `manifest_hash`."""
 
     unlabelled = False
     """Whether there are images without labels, of which only a teacher can speak."""
@@ -129,9 +130,9 @@ class SegmentationData(Dataset[Batch], ABC):
     def manifest_hash(self) -> str:
         """SHA-256 in hex over the names and sizes of the files, to notice another data set."""
 
-    @abstractmethod
     def _count_key(self) -> str:
         """A hash of everything that the label counts depend on."""
+        return self.manifest_hash()
 
     def _count_one(self, index: int) -> np.ndarray:
         return count_classes(self.read(index)[1], len(self.labels))
@@ -150,12 +151,8 @@ class SegmentationData(Dataset[Batch], ABC):
         """
         return Batch(*(field[0] for field in self.batch([key], seed=seed)))
 
-    def unfinished(self, key: Key, *, seed: int) -> Batch:
-        """The same before `finish`: image uint8 [H, W, 3], padded with 0, and label uint8."""
-        return Batch(*(field[0] for field in self.batch([key], seed=seed, finished=False)))
-
     def batch(self, keys: Sequence[Key], *, seed: int, finished: bool = True) -> Batch:
-        """Several samples stacked, or what is `unfinished` of them."""
+        """Several samples stacked; not finished they are bytes, images [B, H, W, 3] padded with 0 and labels."""
         keys, settings = [Key(*key) for key in keys], self.settings
         cuts = [self._pixels(key, seed) for key in keys]
         labels = np.stack([cut.label for cut in cuts])
@@ -180,7 +177,7 @@ class SegmentationData(Dataset[Batch], ABC):
         )
 
     def finish(self, batch: Batch) -> Batch:
-        """What `unfinished` left to do, on the batch's device; a finished batch stays as it is.
+        """What a `batch` that is not finished left to do, on the batch's device; a finished batch stays as it is.
 
         Equal to what `sample` gives, but for a grey level or so where saturation or blur were changed.
         """
@@ -405,12 +402,7 @@ class FileData(SegmentationData):
             raise ConfigurationError(f"{root}: no pixel of the split {split!r} has a class{withheld}")
 
     def _check_one_size(self) -> None:
-        different = np.flatnonzero((self._facts[:, :2] != self._facts[0, :2]).any(1))
-        if len(different):
-            path = self.pairs[different[0]].image
-            raise ConfigurationError(
-                f"{path}: is of another size than {self.pairs[0].image}; set data.crop or data.size to batch them"
-            )
+        check_one_size(self.sizes, [pair.image for pair in self.pairs])
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         pair = self.pairs[index]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.transforms import Geometry, inside, place
+
 GREY = (4899, 9617, 1868)  # OpenCV's weights of red, green and blue, over 2^14
 
 
@@ -24,7 +26,9 @@ def finish_images(
         appearance: float64 [B, 6]: contrast, gains of red, green and blue, saturation, sigma.
         mean, std: of red, green and blue in 0..1.
     """
-    device = images.device
+    device, crop = images.device, (images.shape[1], images.shape[2])
+    each = [Geometry(*row) for row in geometry.tolist()]
+    places = [place(inside(one, crop), crop, one.flip) for one in each]
     tables = colour_tables(appearance, mean, std).to(device, non_blocking=True)
     changed = images.permute(0, 3, 1, 2)
     if bool((appearance[:, 4] != 1).any()):
@@ -33,13 +37,12 @@ def finish_images(
     if blurred:
         changed = changed.clone() if changed.data_ptr() == images.data_ptr() else changed
         for i in blurred:  # the image alone: what is mirrored at its border is not the padding
-            rows, columns = inside(geometry[i].tolist(), images.shape[1], images.shape[2])
+            rows, columns = places[i]
             changed[i, :, rows, columns] = blur(changed[i, :, rows, columns], float(appearance[i, 5]))
     changed = changed.contiguous(memory_format=torch.channels_last)
     offsets = 256 * torch.arange(3 * len(images), device=device, dtype=torch.int32).view(-1, 3, 1, 1)
     finished = tables.flatten()[(changed + offsets).long()]
-    for i, place in enumerate(geometry.tolist()):
-        rows, columns = inside(place, images.shape[1], images.shape[2])
+    for i, (rows, columns) in enumerate(places):
         finished[i, :, rows.stop :] = 0
         finished[i, :, :, : columns.start] = 0
         finished[i, :, :, columns.stop :] = 0
@@ -73,11 +76,3 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     wide = F.pad(image[None].float(), (2, 2, 2, 2), mode=mode)
     wide = F.conv2d(F.conv2d(wide, kernel[:, :, None], groups=3), kernel[:, :, :, None], groups=3)
     return wide[0].round().clamp(0, 255).to(torch.uint8)
-
-
-def inside(geometry: Sequence[int], height: int, width: int) -> tuple[slice, slice]:
-    """Rows and columns of a crop [height, width] that show the image and are no padding."""
-    _, _, scaled_height, scaled_width, top, left, flip = geometry
-    shown = min(width, scaled_width - left)
-    columns = slice(width - shown, width) if flip else slice(0, shown)
-    return slice(0, min(height, scaled_height - top)), columns

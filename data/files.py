@@ -190,6 +190,15 @@ def is_jpeg(data: bytes) -> bool:
     return data.startswith(_JPEG_START)
 
 
+def check_one_size(sizes: np.ndarray, names: Sequence[object]) -> None:
+    """Raises ConfigurationError where the heights and widths [N, 2] of what `names` are called differ."""
+    different = np.flatnonzero((sizes != sizes[0]).any(1))
+    if len(different):
+        raise ConfigurationError(
+            f"{names[different[0]]}: is of another size than {names[0]}; set data.crop or data.size to batch them"
+        )
+
+
 def read_image(path: Path, reduction: int = 1) -> np.ndarray:
     """uint8 [H, W, 3] RGB; a JPEG at a half, a quarter or an eighth of its size, rounded up, for a `reduction` of
     2, 4 or 8. Raises ConfigurationError naming the file."""

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.dataset import SegmentationData, Settings
-from data.files import Pair, check_file, map_threads, need_folder, pair_up, read_image
+from data.files import Pair, check_file, check_one_size, map_threads, need_folder, pair_up, read_image
 from data.labels import IGNORE_INDEX, INVALID, UNLABELLED, Labels
 from errors import ConfigurationError
 
@@ -223,17 +223,5 @@ class UnlabelledData(SegmentationData):
         counts[:, -1] = self._facts[:, 0] * self._facts[:, 1]
         return counts
 
-    def _count_key(self) -> str:
-        return self.manifest_hash()
-
     def _check_one_size(self) -> None:
         check_one_size(self._facts[:, :2], self.paths)
-
-
-def check_one_size(sizes: np.ndarray, names: Sequence[object]) -> None:
-    """Raises ConfigurationError where the heights and widths [N, 2] of what `names` are called differ."""
-    different = np.flatnonzero((sizes != sizes[0]).any(1))
-    if len(different):
-        raise ConfigurationError(
-            f"{names[different[0]]}: is of another size than {names[0]}; set data.crop or data.size to batch them"
-        )

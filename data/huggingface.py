@@ -16,7 +16,7 @@ from PIL import Image
 
 from data import files
 from data.dataset import SegmentationData, Settings
-from data.folder import Classes, check_one_size, read_classes
+from data.folder import Classes, read_classes
 from data.labels import INVALID
 from errors import ConfigurationError
 
@@ -156,7 +156,7 @@ class HuggingFaceData(SegmentationData):
         return hashlib.sha256(b"label counts 1\n" + self.fingerprint.encode() + self.table.tobytes()).hexdigest()
 
     def _check_one_size(self) -> None:
-        check_one_size(self._sizes, [f"{self.called}/{name}" for name in self.names])
+        files.check_one_size(self._sizes, [f"{self.called}/{name}" for name in self.names])
 
 
 def _open_mask(name: Path, data: bytes) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from data.dataset import EVALUATION, Cut, SegmentationData, Settings
-from data.folder import check_one_size
+from data.files import check_one_size
 from data.labels import IGNORE_INDEX, UNLABELLED
 from data.sampling import Key
 from errors import ConfigurationError
@@ -86,9 +86,6 @@ class MixedData(SegmentationData):
         if self._counts is None:
             self._counts = np.concatenate([data.label_counts() for _, data, _ in self.sources])
         return self._counts
-
-    def _count_key(self) -> str:
-        return self.manifest_hash()
 
     def _check_one_size(self) -> None:
         for _, data, _ in self.sources:

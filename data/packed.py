@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from data.build import DataConfig, Split, build_dataset, find_files, find_root
 from data.dataset import FileData, SegmentationData, Settings, count_classes
-from data.files import decode_image, is_jpeg, map_threads, read_bytes
+from data.files import check_one_size, decode_image, is_jpeg, map_threads, read_bytes
 from data.labels import Labels
 from data.processes import map_processes
 from data.transforms import resize_image
@@ -174,14 +174,12 @@ def _key(config: DataConfig, data: FileData) -> dict[str, Any]:
 def _is_finished(pack: Pack, whole: list[int]) -> bool:
     """Whether nothing is missing. Raises DamagedFileError where what is there was packed of something else."""
     advice = f"delete {pack.folder} to pack anew, or name another data.packed_folder"
-    for shard in whole:
-        path = _paths(pack.folder, shard)[1]
-        if _load(path, "delete it to have it written again")["key"] != _digest(pack.key, shard):
-            raise DamagedFileError(f"{pack.folder}: was packed of other files or in another way; {advice}")
 
     def compare(shard: int) -> None:
-        images = _check_shard(pack.folder, shard, "delete it to have it written again")["images"]
-        for index, image in zip(pack.indices(shard), images, strict=True):
+        content = _check_shard(pack.folder, shard, "delete it to have it written again")
+        if content["key"] != _digest(pack.key, shard):
+            raise DamagedFileError(f"{pack.folder}: was packed of other files or in another way; {advice}")
+        for index, image in zip(pack.indices(shard), content["images"], strict=True):
             for path, (_, digest) in zip(pack.data.pairs[index][1:], image["source"], strict=True):
                 if _sha256(path) != digest:
                     raise DamagedFileError(f"{path}: has changed since {pack.folder} was packed of it; {advice}")
@@ -416,13 +414,7 @@ class PackedData(SegmentationData):
         return [f"packed as {self.form}, {self.folder}", *super().notes()]
 
     def _check_one_size(self) -> None:
-        sizes = self._places[:, 0, 2:]
-        different = np.flatnonzero((sizes != sizes[0]).any(1))
-        if len(different):
-            raise ConfigurationError(
-                f"{self.names[different[0]]}: is of another size than {self.names[0]}; set data.crop or data.size "
-                "to batch them"
-            )
+        check_one_size(self._places[:, 0, 2:], self.names)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         shard = index // self.manifest["shard"]

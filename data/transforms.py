@@ -81,7 +81,7 @@ def central(source: Size, crop: Size) -> Geometry:
     return Geometry(*source, *source, top, left, 0)
 
 
-def _inside(geometry: Geometry, crop: Size) -> Size:
+def inside(geometry: Geometry, crop: Size) -> Size:
     """Height and width of the part of the crop that is image, not padding."""
     return (
         min(crop[0], geometry.scaled_height - geometry.top),
@@ -89,10 +89,16 @@ def _inside(geometry: Geometry, crop: Size) -> Size:
     )
 
 
+def place(part: Size, crop: Size, flip: int) -> tuple[slice, slice]:
+    """Rows and columns of a crop where a part of that size lies, padded at the right and below, then mirrored."""
+    left = crop[1] - part[1] if flip else 0
+    return slice(0, part[0]), slice(left, left + part[1])
+
+
 def crop_image(image: np.ndarray, geometry: Geometry, crop: Size) -> np.ndarray:
     """uint8 [h, w, 3], the part of the crop that is image: at most the crop's size, not padded, mirrored if
     the geometry says so (the padding is then at the left)."""
-    height, width = _inside(geometry, crop)
+    height, width = inside(geometry, crop)
     top, left = geometry.top, geometry.left
     if (geometry.scaled_height, geometry.scaled_width) == image.shape[:2]:
         part = image[top : top + height, left : left + width]
@@ -151,7 +157,7 @@ def seek(
             top = int(u[0] * (max(geometry.scaled_height - crop[0], 0) + 1))
             left = int(u[1] * (max(geometry.scaled_width - crop[1], 0) + 1))
             geometry = geometry._replace(top=top, left=left)
-        height, width = _inside(geometry, crop)
+        height, width = inside(geometry, crop)
         rows = _nearest(geometry.top, height, label.shape[0], geometry.scaled_height)[::4]
         columns = _nearest(geometry.left, width, label.shape[1], geometry.scaled_width)[::4]
         share = 16 * int(table[label[rows].take(columns, axis=1)].sum()) / (crop[0] * crop[1])
@@ -186,18 +192,17 @@ def paste(
     chosen = np.bincount(regions.ravel()) >= 16
     with_wanted = np.zeros(len(chosen), bool)
     with_wanted[np.unique(regions[other_label == wanted])] = True
-    left = crop[1] - part.shape[1] if flip else 0
-    inside = (slice(0, part.shape[0]), slice(left, left + part.shape[1]))
-    objects = (chosen & with_wanted)[regions[inside]]
-    source = pad_image(other_part, crop, other_flip)[inside]
+    shown = place((part.shape[0], part.shape[1]), crop, flip)
+    objects = (chosen & with_wanted)[regions[shown]]
+    source = pad_image(other_part, crop, other_flip)[shown]
     pasted = label.copy()
-    pasted[inside] = np.where(objects, other_label[inside], label[inside])
+    pasted[shown] = np.where(objects, other_label[shown], label[shown])
     return np.where(objects[..., None], source, part), pasted
 
 
 def crop_label(label: np.ndarray, geometry: Geometry, crop: Size) -> np.ndarray:
     """uint8 [crop height, crop width] by nearest neighbour, the padding IGNORE_INDEX."""
-    height, width = _inside(geometry, crop)
+    height, width = inside(geometry, crop)
     rows = _nearest(geometry.top, height, label.shape[0], geometry.scaled_height)
     columns = _nearest(geometry.left, width, label.shape[1], geometry.scaled_width)
     part = label[rows].take(columns, axis=1)
@@ -238,10 +243,12 @@ def colour_table(mean: Sequence[float], std: Sequence[float], appearance: Appear
 
 def pad_image(part: np.ndarray, crop: Size, flip: int) -> np.ndarray:
     """uint8 [*crop, 3] of a part [h, w, 3]: 0 at the side away from the image."""
-    below, beside = crop[0] - part.shape[0], crop[1] - part.shape[1]
-    if below or beside:
-        part = np.pad(part, ((0, below), (beside, 0) if flip else (0, beside), (0, 0)))
-    return np.ascontiguousarray(part)
+    size = (part.shape[0], part.shape[1])
+    if size == crop:
+        return np.ascontiguousarray(part)
+    padded = np.zeros((*crop, 3), np.uint8)
+    padded[place(size, crop, flip)] = part
+    return padded
 
 
 def finish_image(
@@ -259,11 +266,10 @@ def finish_image(
         part = cv2.addWeighted(part, appearance.saturation, grey, 1 - appearance.saturation, 0)
     if appearance.sigma > 0:
         part = cv2.GaussianBlur(part, (5, 5), appearance.sigma)
-    height, width = part.shape[:2]
+    size = (part.shape[0], part.shape[1])
     if image is None:
         image = np.empty((*crop, 3), np.float32)
-    if (height, width) != crop:
+    if size != crop:
         image[:] = 0
-    left = crop[1] - width if flip else 0
-    cv2.LUT(part, np.ascontiguousarray(table.T)[None], dst=image[:height, left : left + width])
+    cv2.LUT(part, np.ascontiguousarray(table.T)[None], dst=image[place(size, crop, flip)])
     return image

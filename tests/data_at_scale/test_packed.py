@@ -20,7 +20,7 @@ import torch
 from forks import Forks
 from PIL import Image
 
-from data import DataConfig, build_dataset, packed, transforms
+from data import Batch, DataConfig, build_dataset, packed, transforms
 from data.dataset import count_classes
 from data.files import read_image
 from data.packed import PackedData, pack_folder, write_pack
@@ -584,7 +584,10 @@ def test_another_image_during_a_run_is_noticed_all_the_same(
 def test_a_batch_is_its_samples(make: Make, finished: bool) -> None:
     data = build_dataset(make("bdd100k", packed=False, blur=0.5), "train")
     keys: Any = [(0, position, position % 5) for position in range(8)]
-    single = data.sample if finished else data.unfinished
+
+    def single(key: Any, seed: int) -> Batch:
+        return Batch(*(field[0] for field in data.batch([key], seed=seed, finished=finished)))
+
     samples = [single(key, seed=1) for key in keys]
     batch = data.batch(keys, seed=1, finished=finished)
     assert_batches_are_equal(batch, [torch.stack(field) for field in zip(*samples, strict=True)])
