@@ -45,7 +45,9 @@ from models import (
     map_classes,
 )
 
-Objective = Callable[[LossConfig, SegmentationModel, SegmentationModel], DistillationLoss]  # of pupil and teacher
+Objective = Callable[
+    [LossConfig, SegmentationModel, SegmentationModel | None], DistillationLoss
+]  # of pupil, teacher
 
 
 @dataclass
@@ -156,20 +158,7 @@ def distil(config: Config, more: bool = False) -> None:
     with start_run(config, more=more) as run:
         train, val = build_dataset(config.data, "train"), build_dataset(config.data, "val")
         student = build_model(config.student, train.labels, config.data.mean, config.data.std)
-        steps = config.train.total_steps(train)
-
-        def objective(
-            losses: LossConfig, pupil: SegmentationModel, teacher: SegmentationModel
-        ) -> DistillationLoss:
-            return DistillationLoss(
-                losses,
-                pupil.taps,
-                teacher.taps,
-                classes=len(train.labels.names),
-                class_weights=train.class_weights,
-                total_steps=steps,
-                unlabelled=train.unlabelled,
-            )
+        objective = objective_for(train, config.train.total_steps(train))
 
         if config.mode == "online":
             learners = learn_together(run, config, student, train, objective)
@@ -187,6 +176,25 @@ def distil(config: Config, more: bool = False) -> None:
             raise Terminated(
                 f"{run.folder}: finished, stopped by SIGTERM before the next link; go on with resume=true"
             )
+
+
+def objective_for(train: SegmentationData, steps: int) -> Objective:
+    """Makes objectives for trainings of so many steps on a data set."""
+
+    def objective(
+        losses: LossConfig, pupil: SegmentationModel, teacher: SegmentationModel | None
+    ) -> DistillationLoss:
+        return DistillationLoss(
+            losses,
+            pupil.taps,
+            None if teacher is None else teacher.taps,
+            classes=len(train.labels.names),
+            class_weights=train.class_weights,
+            total_steps=steps,
+            unlabelled=train.unlabelled,
+        )
+
+    return objective
 
 
 def learn_from_frozen(

@@ -14,6 +14,8 @@ from torch import nn
 from errors import ConfigurationError, DamagedFileError
 from models import budget
 from models.interface import IMAGENET_MEAN, IMAGENET_STD, SegmentationModel
+from models.pruned import restore_shapes
+from models.quantised import restore_plan
 from models.slicing import slice_from
 from models.unet import UNet, check_shape
 from models.weights import check_weights, read_weights
@@ -314,8 +316,13 @@ def load_model(folder: str | Path, key: str = "model") -> SegmentationModel:
         if not of_transformers:
             cls = architecture(config.pop("name"))
             mean, std = config.pop("mean", IMAGENET_MEAN), config.pop("std", IMAGENET_STD)
+            changes = config.pop("changes", {})
             model = cls(**config)
             model.mean, model.std = tuple(mean), tuple(std)
+            if "pruned" in changes:  # first: what is quantised has the pruned shapes
+                restore_shapes(model, changes["pruned"])
+            if "quantised" in changes:
+                restore_plan(model, changes["quantised"])
     except (ValueError, KeyError, TypeError, AttributeError, ConfigurationError) as error:
         raise DamagedFileError(
             f"{folder / 'config.json'}: not the configuration of a model ({error!r}); save the model again, or "

@@ -1,6 +1,5 @@
 """What every model is to the rest of the house: images in, logits at native stride and named features out."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -55,11 +54,13 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
     class_names: list[str]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    precision: str = "fp32"
     factor: Tensor | None
     shift: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
+        self.changes: dict[str, Any] = {}  # what was done to it after it was built, as config.json has it
         self.register_buffer("factor", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
 
@@ -114,13 +115,23 @@ class SegmentationModel(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(cls, *, config: Any = None, strict: bool = True, **options: Any) -> Any:
-        """As the Hub's mixin does it, but strictly, and with the normalisation."""
+        """As the Hub's mixin does it, but strictly, and with the normalisation.
+
+        Raises:
+            ConfigurationError: it was pruned or quantised, and so has other layers than its class makes.
+        """
+        if (config or {}).get("changes"):
+            raise ConfigurationError(
+                f"{options.get('model_id')}: the model was changed after it was built "
+                f"({', '.join((config or {})['changes'])}); read its folder with models.load_model"
+            )
         model = super()._from_pretrained(strict=strict, **options)
         model.mean, model.std = (tuple((config or {}).get(key, getattr(cls, key))) for key in ("mean", "std"))
         return model
 
     def _save_pretrained(self, save_directory: Any) -> None:
-        known = {"name": self.architecture, "mean": list(self.mean), "std": list(self.std)}
+        known: dict[str, Any] = {"name": self.architecture, "mean": list(self.mean), "std": list(self.std)}
+        known |= {"changes": self.changes} if self.changes else {}
         self._hub_mixin_config = dict(self._hub_mixin_config or {}) | known  # type: ignore
         super()._save_pretrained(save_directory)
 
@@ -133,4 +144,4 @@ def pad_to(images: Tensor, stride: int) -> Tensor:
 
 def native_size(height: int, width: int, stride: int) -> tuple[int, int]:
     """Size of a map of the given stride over an image: the quotient rounded up."""
-    return math.ceil(height / stride), math.ceil(width / stride)
+    return (height + stride - 1) // stride, (width + stride - 1) // stride

@@ -135,6 +135,11 @@ def slice_from(student: UNet, teacher: UNet, key: str = "student.slice_from") ->
     for model, who in ((student, "student"), (teacher, "teacher")):
         if not isinstance(model, UNet):
             raise ConfigurationError(f"{key}: the {who} is no UNet; leave it out, or take two UNets")
+        if model.changes:
+            raise ConfigurationError(
+                f"{key}: the {who} is {' and '.join(model.changes)}, and its channels are no longer those of its "
+                "levels; name the run that it was made from"
+            )
     for part in ("block", "depth", "stem_stride"):
         own, other = getattr(student, part), getattr(teacher, part)
         if own != other:
