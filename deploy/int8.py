@@ -36,7 +36,7 @@ KEEP_SCALE = (
     "dropout",
 )
 # Of these, the ones that rounding commutes with exactly.
-COMMUTE = ("max_pool2d", "cat", "pad", "constant_pad_nd", "slice", "clone", "contiguous")
+COMMUTE = ("max_pool2d", "cat", "slice", "clone", "contiguous")  # not pad: OpenVINO ignores the zero point there
 FUSED = (nn.ReLU, nn.ReLU6)  # activations that kernels compute together with the convolution before them
 
 
@@ -69,7 +69,8 @@ def quantise(
     """A copy of `model` whose convolutions compute in int8, with ranges from calibration images.
 
     Convolutions alone are quantised: linear layers, attention and normalisation that no convolution can take in
-    stay in floating point. The classifier's answer, the logits, is not rounded.
+    stay in floating point, and so does the classifier: integer kernels want to round their answer, and the logits
+    are not rounded.
 
     Args:
         model: float32, of ours; it stays as it is.
@@ -89,7 +90,7 @@ def quantise(
         raise ConfigurationError("int8: a model of transformers can't be saved quantised; take one of ours")
     quantised = copy.deepcopy(model).eval().requires_grad_(True)
     plan = make_plan(quantised, images[0].shape[-2:])
-    plan.exact = named(plan, config.keep)
+    plan.exact = sorted({*plan.exact, *named(plan, config.keep)})
     insert_quantisers(quantised, plan)
     calibrate(quantised, images, config)
     if config.sensitive:
@@ -134,7 +135,7 @@ def make_plan(model: SegmentationModel, size: Sequence[int]) -> Plan:
     """Where the model's graph is rounded: the input of every convolution, and its answer, after a ReLU if any.
 
     Maps between which only operators lie that keep the scale (pooling, resizing, concatenation, padding) are
-    rounded alike. The answer of the last convolutions, which no other one reads, is not rounded.
+    rounded alike. The last convolutions, whose answer no other one reads, are `exact`.
     """
     device = next(model.parameters()).device
     with torch.no_grad():
@@ -174,6 +175,7 @@ def make_plan(model: SegmentationModel, size: Sequence[int]) -> Plan:
     for end, (where, _) in answers.items():
         if end not in last:
             plan.outputs[where] = quantiser(end)
+    plan.exact = sorted(module_name(node) for end, (_, node) in answers.items() if end in last)
     return plan
 
 
@@ -349,12 +351,14 @@ def find_sensitive(
 
 
 def push_up(program: ExportedProgram) -> None:
-    """Rounds before pooling, padding, cutting and concatenation what is rounded after them: the same numbers.
+    """Rounds before pooling, cutting and concatenation what is rounded after them: the same numbers.
 
-    Integer kernels take over an operator between a dequantisation and a quantisation alone. `program` is that of a
-    frozen model (models.quantised.freeze) and is changed.
+    Integer kernels take over an operator between a dequantisation and a quantisation alone, and XNNPACK wants a
+    dequantisation of its own for each reader. `program` is that of a frozen model (models.quantised.freeze) and is
+    changed.
     """
     graph = program.graph
+    quantised = torch.ops.quantized_decomposed
     for node in reversed(list(graph.nodes)):
         if kind(node) not in COMMUTE or not node.users:
             continue
@@ -362,14 +366,21 @@ def push_up(program: ExportedProgram) -> None:
         if any(kind(user) != "quantize_per_tensor" or user.args[1:] != users[0].args[1:] for user in users):
             continue
         for source in node.all_input_nodes:
+            if not isinstance(source.meta["val"], Tensor):  # a length, where the size is free
+                continue
             if kind(source) == "dequantize_per_tensor" and source.args[1:] == users[0].args[1:]:
                 continue
             with graph.inserting_before(node):
                 whole = graph.call_function(users[0].target, (source, *users[0].args[1:]))
-                back = graph.call_function(
-                    torch.ops.quantized_decomposed.dequantize_per_tensor.default, (whole, *users[0].args[1:])
-                )
+                back = graph.call_function(quantised.dequantize_per_tensor.default, (whole, *users[0].args[1:]))
             whole.meta = dict(source.meta) | {"val": source.meta["val"].to(users[0].args[-1])}
             back.meta = dict(source.meta)
             node.replace_input_with(source, back)
+    for node in list(graph.nodes):
+        if kind(node) == "dequantize_per_tensor":
+            for user in list(node.users)[1:]:
+                with graph.inserting_before(user):
+                    own = graph.call_function(node.target, node.args)
+                own.meta = dict(node.meta)
+                user.replace_input_with(node, own)
     program.graph_module.recompile()

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-BACKENDS = ("eager", "channels_last", "compile")
+from deploy.runtimes import PYTORCH, BackendUnavailable
+
 COMPILE_ERRORS = (
     torch._dynamo.exc.TorchDynamoException,
     torch._inductor.exc.CppCompileError,
@@ -30,9 +31,7 @@ COMPILE_ERRORS = (
 
 Name = TypeVar("Name", bound=Hashable)
 
-
-class BackendUnavailable(Exception):
-    """A backend that can't run here; the message says why, in one line."""
+ROOF_SECONDS = 0.5  # for which each of a machine's two roofs is measured
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -85,18 +84,22 @@ def prepare(model: nn.Module, images: Tensor, backend: str) -> Prepared:
     - eager: as PyTorch runs it.
     - channels_last: eager, with weights and images in that memory format.
     - compile: `torch.compile` for exactly this input size, in channels_last too.
+    - graphs: channels_last as a CUDA graph, whose kernels are launched by one call.
 
     Raises:
-        BackendUnavailable: there is no compiler, or it fails on this model.
+        BackendUnavailable: there is no compiler, or it fails on this model; there is no GPU for a CUDA graph.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"no backend {backend!r}; there are {', '.join(BACKENDS)}")
+    if backend not in PYTORCH:
+        raise ValueError(f"no backend {backend!r}; there are {', '.join(PYTORCH)}")
+    if backend == "graphs" and images.device.type != "cuda":
+        raise BackendUnavailable("CUDA graphs need a CUDA GPU")
     model = copy.deepcopy(model).eval().requires_grad_(False).to(images.device, images.dtype)
     if backend != "eager":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
     if backend != "compile":
-        prepared = Prepared(model, model, images)
+        run = capture_graph(model, images) if backend == "graphs" else model
+        prepared = Prepared(run, model, images)
         prepared()
         return prepared
 
@@ -113,6 +116,28 @@ def prepare(model: nn.Module, images: Tensor, backend: str) -> Prepared:
     except COMPILE_ERRORS as error:
         raise BackendUnavailable(f"torch.compile fails: {_reason(error)}") from error
     return prepared
+
+
+@torch.inference_mode()
+def capture_graph(model: nn.Module, images: Tensor) -> Callable[[Tensor], Any]:
+    """The forward pass as a CUDA graph; each call overwrites the answer of the one before."""
+    current, side = torch.cuda.current_stream(images.device), torch.cuda.Stream(images.device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):  # what libraries set up at their first call must not be in the graph
+        for _ in range(3):
+            model(images)
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = model(images)
+
+    def replay(given: Tensor) -> Any:
+        if given is not images:
+            images.copy_(given)
+        graph.replay()
+        return answer
+
+    return replay
 
 
 def _reason(error: BaseException) -> str:
@@ -202,3 +227,111 @@ def _silent_stderr() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+# ------------------------------------------------------------------------------------------ layer by layer
+
+
+@dataclass
+class Layer:
+    """What one layer of a model costs in a forward pass.
+
+    Args:
+        kind: its class, "Conv2d" say.
+        flops: of convolutions and matrix products, two for a multiply-add.
+        bytes: of its input, answer, weights and buffers, each moved once.
+        milliseconds: median.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    flops: int
+    bytes: int
+    milliseconds: float
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte."""
+        return self.flops / max(self.bytes, 1)
+
+
+def profile_layers(model: nn.Module, images: Tensor, *, rounds: int, warmup: int) -> list[Layer]:
+    """Every layer, a module without modules inside, in the order in which they run, and what is between them.
+
+    Timed by hooks in eager mode, which cost some microseconds a layer. The last row, "between the layers", is what
+    is left of the whole pass: resizing, concatenation, padding and sums that are no modules.
+
+    Args:
+        images: [B, 3, H, W] on the CPU.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(images)
+    leaves = {module: name for name, module in model.named_modules() if not list(module.children())}
+    starts: dict[nn.Module, float] = {}
+    times: dict[nn.Module, float] = {}
+    moved: dict[nn.Module, int] = {}
+
+    def before(module: nn.Module, _: Any) -> None:
+        starts[module] = time.perf_counter()
+
+    def after(module: nn.Module, given: Any, answer: Any) -> None:
+        times[module] = times.get(module, 0.0) + time.perf_counter() - starts[module]
+        tensors = [*given, answer, *module.parameters(), *module.buffers()]
+        moved[module] = moved.get(module, 0) + sum(t.nbytes for t in tensors if isinstance(t, Tensor))
+
+    for module in leaves:
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+    rows: list[dict[nn.Module, float]] = []
+    wholes: list[float] = []
+    with torch.inference_mode():
+        for _ in range(warmup + rounds):
+            times.clear()
+            moved.clear()
+            start = time.perf_counter()
+            model(images)
+            wholes.append(time.perf_counter() - start)
+            rows.append(dict(times))
+    flops = {name.partition(".")[2]: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
+    layers = [
+        Layer(
+            name=leaves[module],
+            kind=type(module).__name__,
+            parameters=count_parameters(module),
+            flops=flops.get(leaves[module], 0),
+            bytes=moved[module],
+            milliseconds=1000 * statistics.median(row[module] for row in rows[warmup:]),
+        )
+        for module in rows[-1]
+    ]
+    outside = [whole - sum(row.values()) for whole, row in zip(wholes, rows, strict=True)][warmup:]
+    rest = counter.get_total_flops() - sum(layer.flops for layer in layers)
+    return [*layers, Layer("between the layers", "", 0, rest, 0, 1000 * statistics.median(outside))]
+
+
+def measure_roofs() -> tuple[float, float]:
+    """FLOP/s of a large fp32 matrix product, and bytes/s of a large copy (read and written), on PyTorch's threads.
+
+    The two roofs of the roofline model (Williams et al. 2009, doi 10.1145/1498765.1498785). Of some rounds the
+    best one is taken: a roof is what the machine can do.
+    """
+    side, length = 1536, 2**25
+    a, b = torch.randn(side, side), torch.randn(side, side)
+    source, target = torch.zeros(length), torch.zeros(length)
+
+    def best_seconds(work: Callable[[], Any]) -> float:
+        work()
+        times: list[float] = []
+        end = time.perf_counter() + ROOF_SECONDS
+        while time.perf_counter() < end or len(times) < 3:
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    with torch.inference_mode():
+        flops = 2 * side**3 / best_seconds(lambda: torch.mm(a, b))
+        bandwidth = 2 * source.nbytes / best_seconds(lambda: target.copy_(source))
+    return flops, bandwidth

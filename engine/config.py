@@ -137,13 +137,15 @@ def _changed(instance: Any) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- arguments
 
 
-def parse(cls: type[Config], argv: Sequence[str] | None = None, *, runs: str | None = None) -> Config:
+def parse(
+    cls: type[Config], argv: Sequence[str] | None = None, *, runs: str | None = None, files: tuple[str, ...] = ()
+) -> Config:
     """Read the command line into an instance of the dataclass `cls`.
 
     Each argument is a YAML file, the directory of a run or `key=value`; a later one wins over an earlier one, but
     that no file takes the place of a run named before it. A run's directory is put into the key that `runs` names
-    (appended, if that key is a list). `--help` prints every key and exits with 0. Raises ConfigurationError, with
-    one line that names the key or the file.
+    (appended, if that key is a list), and so is what exists and ends in one of `files`. `--help` prints every key
+    and exits with 0. Raises ConfigurationError, with one line that names the key or the file.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -151,8 +153,8 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None, *, runs: str | N
         sys.exit(0)
     keys = {key.name: key for key in list_keys(cls)}
     config = OmegaConf.structured(cls)
-    for argument in _runs_behind_files(arguments):
-        config = _merge_argument(config, argument, keys, runs)
+    for argument in _runs_behind_files(arguments, files):
+        config = _merge_argument(config, argument, keys, runs, files)
     try:
         return typing.cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
@@ -162,18 +164,25 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None, *, runs: str | N
         raise ConfigurationError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from error
 
 
-def _runs_behind_files(arguments: list[str]) -> list[str]:
+def _runs_behind_files(arguments: list[str], files: tuple[str, ...]) -> list[str]:
     """The arguments in the order in which they are merged: runs that stand before the last file come behind it."""
     last = max((i for i, argument in enumerate(arguments) if os.path.isfile(argument)), default=-1)
-    runs = [argument for argument in arguments[: last + 1] if os.path.isdir(argument)]
-    others = [argument for argument in arguments[: last + 1] if not os.path.isdir(argument)]
+    runs = [argument for argument in arguments[: last + 1] if _is_run(argument, files)]
+    others = [argument for argument in arguments[: last + 1] if not _is_run(argument, files)]
     return [*others, *runs, *arguments[last + 1 :]]
 
 
-def _merge_argument(config: Any, argument: str, keys: dict[str, Key], runs: str | None) -> Any:
+def _is_run(argument: str, files: tuple[str, ...]) -> bool:
+    """Whether an argument is a directory, or ends in one of `files` and exists."""
+    return os.path.isdir(argument) or (argument.endswith(files) and os.path.isfile(argument))
+
+
+def _merge_argument(
+    config: Any, argument: str, keys: dict[str, Key], runs: str | None, files: tuple[str, ...] = ()
+) -> Any:
     """One argument merged into the configuration."""
-    if os.path.isdir(argument):
-        key = _key_of_runs(argument, runs)
+    if _is_run(argument, files):
+        key = runs if runs and argument.rstrip("/").endswith(files) else _key_of_runs(argument, runs)
         value: Any = argument.rstrip("/") or "/"
         if typing.get_origin(keys[key].type) is list:
             value = [*(OmegaConf.select(config, key) or []), value]
@@ -447,14 +456,16 @@ def save(config: Any, path: str | os.PathLike[str]) -> None:
 # ------------------------------------------------------------------------------------------------- a script
 
 
-def run_script(main: Callable[[Config], Any], cls: type[Config], *, runs: str | None = None) -> None:
+def run_script(
+    main: Callable[[Config], Any], cls: type[Config], *, runs: str | None = None, files: tuple[str, ...] = ()
+) -> None:
     """Parse the command line, call `main(config)` and end the process with the exit code of what went wrong.
 
     An error that a user can cause or meet becomes one line on standard error; anything else is a defect and
     keeps its traceback.
     """
     try:
-        main(parse(cls, runs=runs))
+        main(parse(cls, runs=runs, files=files))
     except UserError as error:
         _end(str(error), error.exit_code)
     except KeyboardInterrupt:

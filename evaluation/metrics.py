@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from deploy.postprocess import native_argmax
+
 IGNORE_INDEX = 255
-BLOCK_ELEMENTS = 4 * 2**20  # floats of upsampled logits that exist at once: 16 MiB
 
 
 @torch.no_grad()
@@ -19,42 +19,10 @@ def predict(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """The most likely class of each pixel at label size.
 
     `logits` [B, C, h, w] at the model's stride, `size` (H, W) -> int64 [B, H, W]: the argmax of the bilinearly
-    upsampled logits (float32, align_corners=False), bit for bit, without ever holding all of them: 19 classes
-    at 1024x2048 would take 160 MB an image.
+    upsampled logits (float32, align_corners=False), bit for bit, mostly without ever holding all of them: 19
+    classes at 1024x2048 would take 160 MB an image.
     """
-    height, width = size
-    batch, classes, rows, _ = logits.shape
-    labels = torch.empty(batch, height, width, dtype=torch.int64, device=logits.device)
-    for image, target in zip(logits, labels, strict=True):
-        factor = _row_factor(rows, height, width)
-        step = rows if factor == 0 else max(1, BLOCK_ELEMENTS // (classes * width * factor))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            if stop - start == rows:
-                target.copy_(_upsample(image, size).argmax(0))
-                break
-            # One row more on either side, as the interpolation reads it; what it makes of the edge is cut off.
-            low, high = max(start - 1, 0), min(stop + 1, rows)
-            block = _upsample(image[:, low:high], ((high - low) * factor, width))
-            inner = slice((start - low) * factor, (stop - low) * factor)
-            target[start * factor : stop * factor] = block[:, inner].argmax(0)
-    return labels
-
-
-def _upsample(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[C, h, w] -> float32 [C, H, W]."""
-    return F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)[0]
-
-
-def _row_factor(rows: int, height: int, width: int) -> int:
-    """How many label rows a row of logits gives, if blocks of rows are exact; otherwise 0.
-
-    They are where the factor is a power of two, since the weights are then the same floats in each block. In
-    narrow images PyTorch chooses its kernel by height + width, so a block could get another one than the whole.
-    """
-    factor = height // rows
-    power_of_two = factor > 0 and factor & (factor - 1) == 0
-    return factor if power_of_two and height == factor * rows and width > 128 else 0
+    return native_argmax(logits, size).long()
 
 
 class ConfusionMatrix:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
-import evaluation.metrics as metrics
 from evaluation.metrics import ConfusionMatrix, chance_miou, predict, scores
 
 # Three classes are labelled, the fourth is only predicted, the fifth occurs nowhere.
@@ -93,34 +92,15 @@ def test_agrees_with_torchmetrics_with_void_pixels_and_an_absent_class() -> None
         (4, (100, 8), (400, 32)),  # narrow
     ],
 )
-def test_prediction_by_blocks_is_bit_identical(
+def test_prediction_is_bit_identical_to_upsampling(
     classes: int,
     source: tuple[int, int],
     size: tuple[int, int],
     memory: torch.memory_format,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = torch.Generator().manual_seed(classes)
     logits = torch.randn(2, classes, *source, generator=generator).contiguous(memory_format=memory)
-    expected = whole(logits, size)
-    for elements in (1, classes * size[1] * 24, metrics.BLOCK_ELEMENTS):
-        monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", elements)
-        assert torch.equal(predict(logits, size), expected)
-
-
-def test_prediction_never_holds_the_whole_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    interpolate = F.interpolate
-
-    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
-        result = interpolate(*arguments, **options)
-        sizes.append(result.numel())
-        return result
-
-    monkeypatch.setattr(F, "interpolate", watched)
-    predict(torch.randn(1, 19, 128, 256), (512, 1024))
-    assert len(sizes) > 1
-    assert max(sizes) <= 1.2 * metrics.BLOCK_ELEMENTS
+    assert torch.equal(predict(logits, size), whole(logits, size))
 
 
 def test_half_precision_logits_are_upsampled_in_float32() -> None:
