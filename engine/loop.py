@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,6 +44,7 @@ def fit(
     config: TrainConfig,
     *,
     workers: int = 0,
+    judged: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Trains the learners, from the newest checkpoint of the run if it is resumed.
 
@@ -51,6 +52,9 @@ def fit(
     step before it, so that it hears what they said of the batch before they changed. Their objectives' opponents
     (a critic, say) step after it: each a learner with a `name`, the `options` in which its training differs from
     `config`, and `active(step)`.
+
+    `judged` is told the step and the first learner's scores after each evaluation but the last; what it raises
+    ends the training.
 
     The batches, their augmentation and the random numbers of a step are functions of the seed and the step, so a
     run that was cut off and resumed is bit for bit the run that was not.
@@ -110,6 +114,8 @@ def fit(
                 scored = judge(run, students, val, workers, progress, epoch)
                 if run.is_main:
                     bar.write(f"step {step}: {shown(scored)}")
+                if judged is not None and step < total:
+                    judged(step, scored[learners[0].name])
                 clock = time.perf_counter()
             if step == total or step % config.checkpoint_every == 0 or terminated:
                 checkpoint(run, players, progress, config)

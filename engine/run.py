@@ -35,6 +35,9 @@ FREE_KEYS = (
     "train.checkpoint_every",
     "train.keep",
     "teacher.cache.folder",
+    "trials",  # of a search: how far it goes, and how many processes work on it
+    "finalists",
+    "worker",
 )
 # What a run leaves that ended before its first step, over a wrong path say: it may simply be started again.
 BEFORE_FIRST_STEP = ("config.yaml", "environment.json", "wandb")

@@ -13,6 +13,7 @@ import yaml
 
 import distill
 import evaluate
+import search_student
 import train_teacher
 from data import CITYSCAPES
 from engine.config import parse, run_script
@@ -243,6 +244,8 @@ def test_the_repositorys_configurations_are_read(path: Path) -> None:
     given = yaml.safe_load(path.read_text())
     its_own = {"teacher", "student", "assistants", "generations"} & given.keys()
     script = distill if its_own or path.parent.name == "focus" else train_teacher
+    if path.parent.name == "search":
+        script = search_student
     config = parse(script.Config, [str(path)], runs=RUNS.get(script.__name__))
     if "run_dir" in given:
         assert config.run_dir == given["run_dir"]
