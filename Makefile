@@ -9,10 +9,12 @@ FOCUS := runs/camvid-focus
 ONLINE := runs/camvid-online
 ENTROPY := runs/high-entropy
 REBALANCING := runs/camvid-rebalancing
+COMPRESS := configs/camvid_compress
+SEARCH := runs/search/camvid
 CHECKED := models data losses engine evaluation deploy tests benchmarks notebooks *.py
 
 .PHONY: help setup setup-dev demo demo-clean test test-slow lint format camvid camvid-students camvid-focus
-.PHONY: camvid-online high-entropy camvid-rebalancing benchmarks notebook clean
+.PHONY: camvid-online high-entropy camvid-rebalancing camvid-compress camvid-search benchmarks notebook clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -135,6 +137,19 @@ camvid-rebalancing: setup  ## weights, sampling and copy-paste for rare classes,
 	done
 	$(RUN) evaluate.py $(REBALANCING)/*-[0-9] split=test pictures=3 calibration_every=3 out=results/camvid-rebalancing
 
+camvid-compress: setup  ## prune, fine-tune with and without distillation, int8, on real CamVid (after camvid); half an hour
+	$(RUN) compress.py $(COMPRESS)/recipe.yaml $(COMPRESS)/parent.yaml resume=true
+	$(RUN) compress.py $(COMPRESS)/recipe.yaml $(COMPRESS)/labels.yaml resume=true
+	$(RUN) compress.py $(COMPRESS)/recipe.yaml $(COMPRESS)/latency.yaml resume=true
+
+camvid-search: setup  ## a search for a student as fast as the hand-made one, on real CamVid; half an hour
+	$(RUN) search_student.py configs/search/camvid.yaml finalists=1 resume=true
+	for path in $(SEARCH)/students/*.yaml; do \
+		$(RUN) train_teacher.py $$path seed=1 run_dir=$(SEARCH)/seed1/$$(basename $$path .yaml) resume=true || exit; \
+	done
+	$(RUN) profile_latency.py $(SEARCH)/finalists/* backends=[eager] threads=1 rounds=30 passes=5
+	$(RUN) evaluate.py $(SEARCH)/finalists/* $(SEARCH)/seed1/* split=test pictures=2 calibration_every=5 out=results/camvid-search
+
 benchmarks: setup  ## time and memory of the parts that we wrote ourselves
 	$(RUN) benchmarks/losses.py
 	$(RUN) benchmarks/affinity.py
@@ -144,6 +159,7 @@ benchmarks: setup  ## time and memory of the parts that we wrote ourselves
 	$(RUN) benchmarks/cached_teacher.py
 	$(RUN) benchmarks/cached_teacher.py precision=fp32 output=results/cached_teacher_fp32.md
 	$(RUN) benchmarks/data.py
+	$(RUN) benchmarks/postprocess.py
 
 notebook: setup-dev  ## make the notebooks' .ipynb from their .py
 	$(VENV)/bin/jupytext --to ipynb notebooks/*.py

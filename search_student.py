@@ -62,7 +62,7 @@ from deploy.search import (
     widest,
 )
 from engine.config import run_script
-from engine.loop import fit
+from engine.loop import evaluate, fit, summarise
 from engine.player import Learner, TrainConfig
 from engine.run import Run, read_json, start_accelerator, start_chain, start_run
 from engine.teachers import TeacherConfig
@@ -70,11 +70,14 @@ from engine.tracking import TrackingConfig, write_json
 from errors import ConfigurationError, NonFiniteError, Terminated
 from evaluation.report import duration, percent, quantity, significant, table
 from losses import DistillationLoss, LossConfig
-from models import ModelConfig, SegmentationModel, StudentConfig, build_model, fingerprint
+from losses.logits import kl_divergence
+from models import ModelConfig, SegmentationModel, StudentConfig, build_model, fingerprint, load_model
+from models.slimmable import SLIMMABLE, answer_as, cut_out, has_slice
 
 UNITS = {"latency": "ms", "flops": "FLOPs", "parameters": "parameters"}
 KEPT_BYTES = 2**29  # of decoded images
 PROXY_IMAGES = 16
+RECALIBRATION = 12  # batches for the batch-norm statistics of a slice
 
 
 @dataclass
@@ -116,6 +119,15 @@ class Config:
     """How latency is measured."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """A model made by hand, with which all are compared: trained alike, and measured in turn with each."""
+    method: Literal["separate", "slimmable"] = "separate"
+    """separate: each candidate is trained by itself. slimmable: one UNet is trained once, such that the first
+    channels of its levels are good UNets too (Yu & Huang 2019), and a trial cuts out a candidate: for one depth,
+    one stride, and plain or separable blocks."""
+    shared_channels: list[int] = field(default_factory=list)
+    """slimmable: channels of each level of that UNet, the bottleneck last; no candidate is wider, and in training
+    none is narrower than a quarter."""
+    shared_steps: int = 3000
+    """slimmable: steps of its training, each of which costs about two of the UNet by itself."""
     sampler: Literal["tpe", "nsga2"] = "tpe"
     """Who draws: Optuna's TPE, or the genetic NSGA-II for two objectives."""
     pruner: Literal["median", "hyperband", "none"] = "median"
@@ -149,6 +161,7 @@ class Config:
             "worker": 0,
             "trial_steps": 1,
             "trial_evaluate_every": 1,
+            "shared_steps": 1,
         }
         for key, lowest in least.items():
             if getattr(self, key) < lowest:
@@ -163,6 +176,22 @@ class Config:
             raise ConfigurationError("sampler: nsga2 is for two objectives; leave the budget out, or give tpe")
         if self.proxy != "none" and not self.limited:
             raise ConfigurationError("proxy: ranks candidates of equal cost; give budget_ratio, or proxy=none")
+        if self.method == "slimmable":
+            for key in ("depth", "stride", "block"):
+                if len(getattr(self.space, key)) != 1:
+                    raise ConfigurationError(f"space.{key}: method=slimmable is for one; give one")
+            if self.space.block[0] not in SLIMMABLE:
+                raise ConfigurationError(
+                    f"space.block: method=slimmable is for {' or '.join(SLIMMABLE)}; give one of both"
+                )
+            levels = self.space.depth[0] + 1
+            if len(self.shared_channels) != levels or min(self.shared_channels) < 2:
+                raise ConfigurationError(
+                    f"shared_channels: {self.shared_channels} are not those of a UNet of depth {levels - 1}; "
+                    f"give {levels} numbers above 1"
+                )
+        elif self.shared_channels:
+            raise ConfigurationError("shared_channels: does nothing without method=slimmable; leave it out")
         if not 0 < self.proxy_share < 1:
             raise ConfigurationError(f"proxy_share: {self.proxy_share} is no share; give a number between 0 and 1")
         if self.taught and self.teacher.source != "cache":
@@ -172,6 +201,13 @@ class Config:
     def limited(self) -> bool:
         """Whether there is a budget, and so one objective."""
         return self.budget is not None or self.budget_ratio is not None
+
+    @property
+    def shared_shape(self) -> Shape:
+        """The UNet whose weights all candidates share."""
+        space = self.space
+        one = {"depth": space.depth[0], "stride": space.stride[0], "block": space.block[0]}
+        return one | {"channels": list(self.shared_channels)}
 
     @property
     def taught(self) -> bool:
@@ -191,6 +227,7 @@ class Parts:
     teacher: Any
     teacher_taps: Any
     most: float
+    shared: Any = None  # of method=slimmable, the UNet that candidates are cut out of
     least_seen: float = math.inf  # what the cheapest candidate yet would cost
 
 
@@ -206,6 +243,8 @@ def main(config: Config) -> None:
     try:
         parts = prepare(config)
         with workers(config):
+            if config.method == "slimmable":
+                train_shared(config, parts)
             search(config, parts)
             finish(config, parts)
     except ConfigurationError:
@@ -392,6 +431,10 @@ def work_on(config: Config, parts: Parts, trial: Any, shapes: list[Shape]) -> st
     folder, study = Path(config.run_dir), parts.study
     if not shapes:
         return "there is no UNet of this stride and depth"
+    if parts.shared is not None:
+        shapes = [shape for shape in shapes if has_slice(parts.shared, shape["channels"])]
+        if not shapes:
+            return "it is no part of the shared UNet"
     found = widest(shapes, lambda shape: cost_of(config, parts, shape), parts.most)
     if found is None:
         return f"the narrowest of its kind costs more than {price(config, parts.most)}"
@@ -420,7 +463,10 @@ def work_on(config: Config, parts: Parts, trial: Any, shapes: list[Shape]) -> st
 
     state, values = optuna.trial.TrialState.COMPLETE, None
     try:
-        results = train_briefly(config, parts, f"{trial.number:04d}", shape, judged)
+        if parts.shared is None:
+            results = train_briefly(config, parts, f"{trial.number:04d}", shape, judged)
+        else:
+            results = score_slice(config, parts, shape)
         last.update(miou=results["miou"], steps=results["steps"], seconds=results["train_seconds"])
         values = [results["miou"]] if config.limited else [results["miou"], cost]
     except optuna.TrialPruned:
@@ -501,6 +547,64 @@ def train_briefly(
     return results
 
 
+# -------------------------------------------------------------------------------------------- shared weights
+
+
+class Sandwich(Learner):
+    """The training of shared weights: at each step the widest UNet learns as any student does, and the narrowest
+    and two of random widths learn its answer (the sandwich rule and in-place distillation, Yu & Huang 2019)."""
+
+    def __init__(self, model: SegmentationModel, objective: DistillationLoss, teacher: Any, seed: int) -> None:
+        super().__init__(model, objective, teacher)
+        self.tells = []  # so that its answer is kept
+        self.seed = seed
+        self.most: Any = model.channels
+        self.least = [max(2, count // 4) for count in self.most]
+
+    def forward(self, images: Any, labels: Any, answer: Any, step: int, denominators: Any) -> Any:
+        loss, values = super().forward(images, labels, answer, step, denominators)
+        assert self.latest is not None
+        rng = np.random.default_rng([self.seed, step])
+        between = rng.integers(self.least, self.most, size=(2, len(self.most)), endpoint=True).tolist()
+        narrow: Any = 0.0
+        for channels in (self.least, *between):
+            narrow = narrow + kl_divergence(answer_as(self.model, channels, images).logits, self.latest.logits)
+        return loss + narrow, values | {"narrow": narrow.detach() / 3}
+
+
+def train_shared(config: Config, parts: Parts) -> None:
+    """Trains the shared weights, an ordinary run in RUN_DIR/shared, unless another process has; and takes them."""
+    folder = Path(config.run_dir) / "shared"
+
+    def train() -> None:
+        options = replace(config.train, epochs=None, steps=config.shared_steps)
+        recipe = recipe_of(config, config.shared_shape, folder, options)
+        with start_run(replace(recipe, resume=folder.exists()), more=True) as run:
+            model = build_model(
+                ModelConfig(**config.shared_shape), parts.train.labels, config.data.mean, config.data.std
+            )
+            goal = make_objective(config, model, parts.teacher_taps, parts.train, config.shared_steps)
+            run.describe({"shared": model}, {"loss": goal}, parts.train)
+            learner = Sandwich(model, goal, parts.teacher, config.seed)
+            run.finish(fit(run, [learner], parts.train, parts.val, options))
+
+    share({folder: train})
+    parts.shared = load_model(folder)
+
+
+def score_slice(config: Config, parts: Parts, shape: Shape) -> dict[str, Any]:
+    """mIoU of a candidate that is cut out of the shared weights, its batch-norm statistics taken anew."""
+    accelerator, size = start_accelerator(config.train), config.train.batch_size
+    began = time.perf_counter()
+    steps = [
+        [(0, at, at % len(parts.train)) for at in range(k * size, (k + 1) * size)] for k in range(RECALIBRATION)
+    ]
+    batches = (parts.train.batch(keys, seed=config.seed).images.to(accelerator.device) for keys in steps)
+    model = cut_out(parts.shared.to(accelerator.device), shape["channels"], batches)
+    scored = summarise(evaluate(accelerator, model, parts.val), parts.val.labels.names)
+    return {"miou": scored["miou"], "steps": config.shared_steps, "train_seconds": time.perf_counter() - began}
+
+
 # ------------------------------------------------------------------------------------------------ finalists
 
 
@@ -536,7 +640,9 @@ def finish(config: Config, parts: Parts) -> None:
         recipe = recipe_of(config, models[name], folder / "finalists" / name)
         script.main(replace(recipe, resume=Path(recipe.run_dir).exists()))
 
-    jobs: dict[Path, Callable[[], None]] = {folder / "trials" / "reference": compare}
+    jobs: dict[Path, Callable[[], None]] = {}
+    if config.method == "separate":
+        jobs[folder / "trials" / "reference"] = compare
     for name in models if config.finalists else ():
         with locked(folder / "study.lock"):
             recipe = recipe_of(config, models[name], folder / "students" / name)
@@ -593,8 +699,9 @@ def report(config: Config, parts: Parts) -> None:
     folder = Path(config.run_dir)
     rows = rows_of(parts)
     reference = {"name": "reference", "cost": parts.reference_costs[config.cost], **parts.reference_costs}
-    brief = read_json(folder / "trials" / "reference" / "results.json")
-    reference |= {"miou": brief["miou"], "steps": brief["steps"], "seconds": brief["train_seconds"]}
+    if config.method == "separate":
+        brief = read_json(folder / "trials" / "reference" / "results.json")
+        reference |= {"miou": brief["miou"], "steps": brief["steps"], "seconds": brief["train_seconds"]}
     units = {"latency": f"latency on {config.latency.runtime}, ms"}
     draw_front(folder / "search.png", rows, reference, units.get(config.cost, UNITS[config.cost]))
 
@@ -652,7 +759,7 @@ def shown(config: Config, row: Row) -> dict[str, str]:
     line = {"student": row["name"], "params": quantity(row["parameters"]), "FLOPs": quantity(row["flops"])}
     if config.cost == "latency":
         line["latency ms"] = significant(row["cost"])
-    line["val mIoU %"] = percent(row["miou"])
+    line["val mIoU %"] = percent(row.get("miou"))
     if "steps" in row:
         line["steps"] = str(row["steps"])
     if row.get("proxy") is not None:

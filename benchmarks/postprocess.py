@@ -4,8 +4,8 @@
 maximum, which PyTorch finds faster; on random logits, and on those of trained runs, for the first validation image
 of each, enlarged so that the logits have the stride of the row. The labels are compared pixel for pixel.
 
-Time: median of rounds in which the forms take turns, in one process. Memory: each form in a process of its own, the
-growth of the peak resident memory (VmHWM) over the logits, and the peak of what PyTorch allocated.
+Time: median of rounds in which the forms take turns, in one process. Memory: each form in a process of its own,
+the growth of the peak resident memory (VmHWM) over the logits, and the peak of what PyTorch allocated.
 """
 
 import statistics

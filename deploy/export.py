@@ -68,8 +68,9 @@ PACKAGES = {
 }
 DYNAMIC = ("onnx", "openvino", "torch")
 TARGETS = ("coreml", "hexagon", "tensorrt", "openvino_npu")
-AGREEMENT = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.97, "int8": 0.97, "weight_int8": 0.95}
-"""Least share of pixels whose label is that of PyTorch: of the quantised model for int8, in fp32 for the rest."""
+AGREEMENT = {"fp32": 0.999, "fp16": 0.995, "bf16": 0.99, "int8": 0.98, "weight_int8": 0.97}
+"""Least share of pixels whose label is PyTorch's: that of the quantised model for int8, in fp32 for the rest. A
+UNet trained on CamVid has 99.9999 %, 99.95 %, 99.73 %, 99.68 % and 99.42 %."""
 LARGEST_PROTOBUF = 2 * 10**9  # bytes; ONNX files are one protobuf message, which can't be larger
 UNSUPPORTED = (
     r"No ONNX function found for <OpOverload\(op='[\w:]+[.:](\w+)'",

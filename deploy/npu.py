@@ -395,7 +395,7 @@ def read_layers(path: Path) -> list[Layer]:
         maker = makers.get(node.input[0]) if node.input else None
         return Layer(
             node.op_type,
-            module_of(node, makers, stored),
+            module_of(node, stored),
             [values.get(name, Value()) for name in node.input],
             [values.get(name, Value()) for name in node.output],
             {a.name: text(onnx.helper.get_attribute_value(a)) for a in node.attribute},
@@ -406,12 +406,11 @@ def read_layers(path: Path) -> list[Layer]:
     return [*inputs, *map(layer_of, graph.node)]
 
 
-def module_of(node: Any, makers: dict[str, Any], stored: set[str]) -> str:
+def module_of(node: Any, stored: set[str]) -> str:
     """The module whose weight a node multiplies by; of one without, the module that it was traced in."""
-    for name in node.input[1:2] if node.op_type not in ("QuantizeLinear", "DequantizeLinear") else ():
-        name = makers[name].input[0] if name in makers and makers[name].input else name
-        if name in stored and name.endswith(".weight"):
-            return readable(name.removesuffix(".weight"))
+    weight = next((name for name in node.input[1:2] if name in stored and name.endswith(".weight")), "")
+    if weight:  # batch normalisation is folded into the convolution, which then bears its name
+        return readable(weight.removesuffix(".weight"))
     scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "")
     path = json.loads(scopes.replace("'", '"'))[-2:-1] if scopes else []
     return readable(path[0]) if path else node.name or node.op_type

@@ -8,6 +8,7 @@ their order, and how far to go until a target is met.
 import copy
 import math
 import statistics
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from deploy.profiling import measure_latency, prepare
+from deploy.profiling import prepare
 from errors import ConfigurationError
 from models.interface import SegmentationModel
 from models.pruned import Shape, layer_shapes, mark_pruned, shape_keys
 
 TRACED = (64, 64)  # [height, width] of the image by which layers are traced
 NEAR, NEAR_LATENCY = 0.02, 0.05  # how far from its target a result may be before that is said
+PASSES = 3  # of a turn that are counted
 ATTEMPTS = 12  # models whose latency is measured in the search of one that meets a target
 
 Losses = Callable[[nn.Module], Iterable[Tensor]]
@@ -54,8 +56,8 @@ class PruneConfig:
     """target=latency: the latency to reach, in place of `share`."""
     backend: Literal["eager", "onnxruntime", "openvino"] = "eager"
     """Runtime of target=latency."""
-    measurements: int = 40
-    """target=latency: timed passes of each model that is tried, in turn with the model before pruning."""
+    measurements: int = 12
+    """target=latency: turns in which each model that is tried is timed, and the one before pruning."""
     iterations: int = 1
     """Steps in which channels are taken out; they are ordered anew before each."""
     rounds: int = 1
@@ -437,16 +439,22 @@ class Work:
 
         The search goes over the share of FLOPs. Every model that it tries is timed in turn with `whole`; its
         latency is the median over the turns of the ratio of the two. What is reported is measured anew at the end.
+        As in profile_latency.py a turn begins with a pass that is not counted: it meets cold caches, by which small
+        models would look a tenth slower.
         """
         config, parent = self.config, ready(self.whole)
 
-        def time(candidate: Callable[[], Any], rounds: int) -> tuple[list[float], dict[str, list[float]]]:
-            times = measure_latency({"whole": parent, "pruned": candidate}, rounds=rounds, warmup=3)
+        def compare(candidate: Callable[[], Any], rounds: int) -> tuple[list[float], dict[str, list[float]]]:
+            times = {"whole": [turn(parent)], "pruned": [turn(candidate)]}
+            for _ in range(rounds):
+                times["whole"].append(turn(parent))
+                times["pruned"].append(turn(candidate))
+            times = {name: one[1:] for name, one in times.items()}  # without the warm-up
             return [one / other for one, other in zip(times["pruned"], times["whole"], strict=True)], times
 
         order, rounds = self.order(model), config.measurements
         smallest = take_out(model, order)
-        ratios, times = time(ready(smallest), rounds)
+        ratios, times = compare(ready(smallest), rounds)
         whole_ms = statistics.median(times["whole"])
         wanted = config.share if config.milliseconds is None else config.milliseconds / whole_ms
         if wanted >= 1:
@@ -462,7 +470,7 @@ class Work:
                 f"prune.min_channels={config.min_channels:g}{self.rounding(', ')} leaves; raise it, or lower "
                 "prune.min_channels"
             )
-        high = self.share("flops", layer_shapes(model)), statistics.median(time(ready(model), rounds)[0])
+        high = self.share("flops", layer_shapes(model)), statistics.median(compare(ready(model), rounds)[0])
         best, error = smallest, abs(low[1] / wanted - 1)
         with tqdm(total=ATTEMPTS, desc="prune to a latency", leave=False, dynamic_ncols=True) as bar:
             for attempt in range(ATTEMPTS):
@@ -470,9 +478,9 @@ class Work:
                 flops = low[0] + min(max(part, 0.1), 0.9) * (high[0] - low[0])
                 candidate, _ = self.meet(model, "flops", flops, order)
                 run = ready(candidate)
-                ratios, _ = time(run, rounds)
+                ratios, _ = compare(run, rounds)
                 if abs(statistics.median(ratios) / wanted - 1) < NEAR_LATENCY:  # look closer
-                    ratios += time(run, 2 * rounds)[0]
+                    ratios += compare(run, 2 * rounds)[0]
                 ratio = statistics.median(ratios)
                 bar.set_postfix_str(f"{flops:.0%} of the FLOPs: {ratio:.0%} of the latency")
                 bar.update()
@@ -481,7 +489,7 @@ class Work:
                 if error < NEAR_LATENCY / 2:
                     break
                 low, high = ((flops, ratio), high) if ratio < wanted else (low, (flops, ratio))
-        ratios, times = time(ready(best), 2 * rounds)
+        ratios, times = compare(ready(best), 2 * rounds)
         reached = statistics.median(ratios)
         missed = abs(reached / wanted - 1) > NEAR_LATENCY
         whole_ms = statistics.median(times["whole"])
@@ -492,6 +500,17 @@ class Work:
             "reached_ms": statistics.median(times["pruned"]),
             "note": f"the nearest of {attempt + 2} models, {reached / wanted - 1:+.1%} off" if missed else "",
         }
+
+
+def turn(run: Callable[[], Any]) -> float:
+    """Milliseconds of a forward pass: the median of those that follow the first."""
+    run()
+    times = []
+    for _ in range(PASSES):
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def eager_passes(size: Sequence[int]) -> Ready:

@@ -422,7 +422,8 @@ def spread(front: Sequence[Row], number: int) -> list[Row]:
 
 
 def draw_front(path: Path, rows: Sequence[Row], reference: Row, unit: str) -> None:
-    """The picture of a search: every trial by cost and mIoU, the front as a line, the reference as a star.
+    """The picture of a search: every trial by cost and mIoU, the front as a line, a star for the reference if
+    it was scored alike.
 
     Args:
         unit: what the cost is in, as the axis says it.
@@ -438,11 +439,11 @@ def draw_front(path: Path, rows: Sequence[Row], reference: Row, unit: str) -> No
         front = front_of(rows)
         x, y = [row["cost"] for row in front], [100 * row["miou"] for row in front]
         axes.step(x, y, where="post", color="tab:orange", label="Pareto front")
-        axes.scatter(
-            [reference["cost"]], [100 * reference["miou"]], s=120, marker="*", color="tab:red", label="reference"
-        )
+        if "miou" in reference:
+            x, y = [reference["cost"]], [100 * reference["miou"]]
+            axes.scatter(x, y, s=120, marker="*", color="tab:red", label="reference")
         axes.set_xlabel(unit)
-        axes.set_ylabel("val mIoU % after the short training")
+        axes.set_ylabel("val mIoU % in the trial")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
         save(figure, path)

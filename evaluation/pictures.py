@@ -25,9 +25,10 @@ def _numpy(array: np.ndarray | Tensor) -> np.ndarray:
 
 def colourise(label: np.ndarray | Tensor, colours: Colours) -> np.ndarray:
     """Classes [H, W] -> their colours; everything that is no class (255 above all) is black."""
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(colours)] = colours
-    return palette[_numpy(label).astype(np.uint8)]
+    palette = np.zeros((256, 1, 3), np.uint8)
+    palette[: len(colours), 0] = colours
+    classes = _numpy(label).astype(np.uint8)
+    return cv2.LUT(cv2.merge([classes] * 3), palette)
 
 
 def error_map(
@@ -51,9 +52,30 @@ def error_map(
 def overlay(image: np.ndarray, label: np.ndarray | Tensor, colours: Colours, opacity: float = 0.5) -> np.ndarray:
     """The image with the classes' colours over it; pixels without a class stay as they are."""
     classes = _numpy(label)
-    mixed = (1 - opacity) * image.astype(np.float32) + opacity * colourise(classes, colours)
-    has_class = (classes >= 0) & (classes < len(colours))
-    return np.where(has_class[..., None], np.rint(mixed).astype(np.uint8), image)
+    mixed = cv2.addWeighted(np.ascontiguousarray(image), 1 - opacity, colourise(classes, colours), opacity, 0)
+    without = (classes < 0) | (classes >= len(colours))
+    mixed[without] = image[without]
+    return mixed
+
+
+def legend(names: Sequence[str], colours: Colours, width: int) -> np.ndarray:
+    """A white strip `width` columns wide: a field of each class's colour and its name, in lines of equal columns.
+
+    Its height is even. Names are written in ten pixels at least; what is wider than the strip is cut off.
+    """
+    font = _font_that_fits(names, max(60, width // 6))
+    line, text = round(1.6 * font.size), max((font.getlength(name) for name in names), default=0)
+    item = round(text + 2.4 * font.size)
+    columns = max(1, min(len(names), width // item))
+    lines = -(-len(names) // columns)
+    sheet = Image.new("RGB", (width, lines * line + lines * line % 2), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        left, top = number % columns * width // columns + font.size // 2, number // columns * line
+        field = (left, top + line // 5, left + font.size, top + line - line // 5)
+        draw.rectangle(field, fill=tuple(colour), outline=(90, 90, 90))
+        draw.text((left + 1.4 * font.size, top + line // 2), name, fill="black", font=font, anchor="lm")
+    return np.asarray(sheet)
 
 
 def heat_map(values: np.ndarray | Tensor, highest: float) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+import compress
 import distill
 import evaluate
 import search_student
@@ -246,6 +247,8 @@ def test_the_repositorys_configurations_are_read(path: Path) -> None:
     script = distill if its_own or path.parent.name == "focus" else train_teacher
     if path.parent.name == "search":
         script = search_student
+    if path.parent.name == "camvid_compress":
+        script = compress
     config = parse(script.Config, [str(path)], runs=RUNS.get(script.__name__))
     if "run_dir" in given:
         assert config.run_dir == given["run_dir"]

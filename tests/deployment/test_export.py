@@ -115,6 +115,11 @@ def test_fixed_batches_and_other_precisions(tmp_path: Path) -> None:
     weights = {w.name: w for w in onnx.load(rounded).graph.initializer}
     assert operators(rounded)["DequantizeLinear"] == operators(exact)["Conv"]
     assert sum(w.data_type == onnx.TensorProto.INT8 for w in weights.values()) == operators(exact)["Conv"]
+    assert all(
+        np.abs(onnx.numpy_helper.to_array(w)).max() == 127
+        for w in weights.values()
+        if w.data_type == onnx.TensorProto.INT8
+    )
     sizes = [sum(len(w.raw_data) for w in onnx.load(p).graph.initializer) for p in (exact, half, rounded)]
     assert sizes[1] < 0.55 * sizes[0]
     assert sizes[2] < 0.3 * sizes[0]

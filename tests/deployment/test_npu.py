@@ -108,6 +108,12 @@ FLOAT = Value("FLOAT", (1, 8, 4, 4))
             "resize mode",
         ),
         (
+            layer("QuantizeLinear", inputs=[FLOAT, Value(), Value("UINT8", (), np.array(0))]),
+            layer("QuantizeLinear", inputs=[FLOAT, Value(), Value("INT8", (), np.array(0))]),
+            "tensorrt",
+            "asymmetric",
+        ),
+        (
             layer("QuantizeLinear", inputs=[FLOAT, Value(), Value("INT8", (), np.array(3))]),
             layer("QuantizeLinear", inputs=[FLOAT, Value(), Value("INT8", (), np.array(0))]),
             "tensorrt",
@@ -118,6 +124,18 @@ FLOAT = Value("FLOAT", (1, 8, 4, 4))
             layer("Reshape", outputs=[FLOAT]),
             "coreml",
             "four axes",
+        ),
+        (
+            layer("Conv", inputs=[FLOAT, Value("FLOAT", (12, 24, 3, 3))]),
+            layer("Conv", inputs=[FLOAT, Value("FLOAT", (12, 1, 3, 3))], attributes={"group": 12}),
+            "tensorrt",
+            "multiple of 8",
+        ),
+        (
+            layer("Conv", inputs=[FLOAT, Value("FLOAT", (24, 24, 3, 3))], quantised=True),
+            layer("Conv", inputs=[FLOAT, Value("FLOAT", (32, 3, 3, 3))], quantised=True),
+            "tensorrt",
+            "multiple of 16",
         ),
         (layer("LayerNormalization"), layer("BatchNormalization"), "coreml", "last axis"),
         (layer("Softmax"), layer("Relu"), "hexagon", "8 bits"),

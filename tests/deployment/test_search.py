@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from forks import Forks
 from PIL import Image
@@ -28,6 +29,8 @@ from deploy.search import SpaceConfig, draw, front_of, hopeless, naswot, rank_co
 from engine.config import parse, run_script
 from errors import ConfigurationError
 from models import ModelConfig, build_model, load_model
+from models.slimmable import SLIMMABLE, answer_as, cut_out, has_slice
+from models.unet import UNet
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed")
 
@@ -48,6 +51,7 @@ TINY = [
     "pruner=none",
 ]
 BUDGET = 20_000
+ONE = ["space.depth=[2]", "space.stride=[8]"]
 
 Call = Callable[..., tuple[int, str]]
 
@@ -403,6 +407,65 @@ def test_a_space_that_is_used_up_ends_the_search(call: Call, tmp_path: Path) -> 
     assert len(finished(run)) == 2
 
 
+# -------------------------------------------------------------------------------------------- shared weights
+
+
+@pytest.mark.parametrize("block", SLIMMABLE)
+def test_a_slice_is_the_unet_of_the_first_channels(block: str) -> None:
+    torch.manual_seed(0)
+    wide = UNet(["a", "b", "c"], depth=2, stride=4, block=block, channels=[8, 16, 24])
+    images = torch.randn(2, 3, 32, 48)
+    before = {name: buffer.clone() for name, buffer in wide.named_buffers()}
+    whole = answer_as(wide, [8, 16, 24], images).logits
+    narrow = answer_as(wide, [4, 16, 10], images).logits
+    assert all(torch.equal(buffer, before[name]) for name, buffer in wide.named_buffers())
+    assert torch.equal(whole, wide.train()(images).logits)
+    narrow.sum().backward()
+    first = wide.get_parameter("stem.1.0.weight")
+    assert first.grad is not None
+    assert first.grad[:4, :2].abs().sum() > 0
+    assert (
+        first.grad[4:].abs().sum() == first.grad[:, 2:].abs().sum() == 0
+    )  # the other channels know nothing of it
+    last = wide.get_parameter(f"decoder.1.{'0' if block == 'plain' else '1'}.0.weight")
+    assert last.grad is not None
+    reads = last.grad.abs().sum((0, 2, 3)) > 0  # of 8 channels of the skip 4, of 16 from below all
+    assert reads.tolist() == [True] * 4 + [False] * 4 + [True] * 16
+
+    cut = cut_out(wide, [4, 16, 10], [images])
+    assert not cut.training
+    assert cut.channels == [4, 16, 10]
+    assert torch.equal(cut.train()(images).logits, narrow)  # its weights are those
+    means = cut_out(wide, [4, 16, 10], [images]).get_buffer("stem.0.1.running_mean")
+    seen = F.conv2d(images, wide.get_parameter("stem.0.0.weight")[:2], stride=2, padding=1)
+    torch.testing.assert_close(means, seen.mean((0, 2, 3)))  # and its statistics those of the batch
+
+
+def test_only_what_is_no_wider_is_a_slice() -> None:
+    wide = UNet(["a", "b"], depth=1, channels=[8, 16])
+    assert has_slice(wide, [8, 16])
+    assert has_slice(wide, [2, 12])
+    assert not has_slice(wide, [10, 12])
+
+
+def test_a_search_by_shared_weights(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "search"
+    one = [*ONE, "space.block=[plain]", "method=slimmable"]
+    options = [*one, "shared_channels=[16,24,40]", "shared_steps=6", "trials=4", f"budget={BUDGET}"]
+    code, output = call(*TINY, f"run_dir={run}", *options)
+    assert code == 0
+    rows = json.loads((run / "results.json").read_text())["trials"]
+    assert len({row["name"] for row in rows}) == 4
+    shared = load_model(run / "shared")
+    assert all(has_slice(shared, row["shape"]["channels"]) for row in rows)  # type: ignore[arg-type]
+    assert len({row["miou"] for row in rows}) > 1
+    logged = [json.loads(line) for line in (run / "shared" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["narrow"] > 0 for line in logged if line["split"] == "train")
+    assert not list((run / "trials").glob("*/metrics.jsonl"))  # nothing else is trained for a trial
+    best = max(rows, key=lambda row: row["miou"])
+    assert (run / "finalists" / best["name"] / "best").is_dir()
+
+
 # ------------------------------------------------------------------------------------------------ cut off
 
 
@@ -517,6 +580,10 @@ def _alive(run: Path) -> bool:
         (["space.widht=[8]"], ["space.widht", "space.width"]),
         (["space.stride=[16]", "space.depth=[1]"], ["space: ", "no UNet of this stride"]),
         (["trials=0"], ["trials"]),
+        (["method=slimmable"], ["space.depth", "one"]),
+        (["method=slimmable", *ONE, "space.block=[residual]"], ["space.block", "plain or separable"]),
+        (["method=slimmable", *ONE, "space.block=[plain]"], ["shared_channels", "give 3"]),
+        (["shared_channels=[8,16]"], ["shared_channels", "method=slimmable"]),
         (["reference.stride=16", "reference.depth=1"], ["reference.stride"]),
         (["teacher.run=nowhere", "losses.kd.weight=1"], ["nowhere"]),
         (["teacher.run=nowhere", "teacher.source=live"], ["teacher.source", "cache"]),
