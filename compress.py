@@ -39,6 +39,7 @@ from deploy import search
 from deploy.export import ExportConfig, export
 from deploy.exported import RUNTIMES, Exported, open_exported
 from deploy.int8 import Int8Config, quantise
+from deploy.npu import check, findings_table
 from deploy.profiling import count_flops, count_parameters
 from deploy.prune import PruneConfig, prune
 from deploy.runtimes import Work, measure
@@ -453,6 +454,9 @@ def export_files(chain: Chain, stage: str, folder: Path, config: ExportConfig) -
         images = [evaluation_image(chain.val, int(index))[0] for index in indices]
         model, colours = open_model(chain, stage), chain.val.labels.colours
         paths = export(model, config, folder, images, run=str(chain.folder(stage)), colours=colours)
+        if config.check_for:
+            findings = check(model, config.check_for, config.size or images[0].shape[:2])
+            print(f"\n{', '.join(config.check_for)}:\n{findings_table(findings)}\n", flush=True)
         return [str(path.relative_to(folder.parent)) for path in paths]
 
     return on_main_process(chain.accelerator, action)

@@ -439,8 +439,8 @@ class Work:
 
         The search goes over the share of FLOPs. Every model that it tries is timed in turn with `whole`; its
         latency is the median over the turns of the ratio of the two. What is reported is measured anew at the end.
-        As in profile_latency.py a turn begins with a pass that is not counted: it meets cold caches, by which small
-        models would look a tenth slower.
+        As in profile_latency.py a turn begins with a pass that is not counted: it meets cold caches, by which a
+        small model would look a tenth slower.
         """
         config, parent = self.config, ready(self.whole)
 
