@@ -13,6 +13,7 @@ NAME_overlay.mp4 and NAME_side_by_side.mp4 of a video, and its masks as OUT/NAME
 import math
 import os
 import shutil
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -499,7 +500,7 @@ def open_writers(config: Config, source: Source, predictor: Predictor) -> list[W
     """One for each kind of output.
 
     Raises:
-        ConfigurationError: an output exists, and `overwrite` is not set.
+        ConfigurationError: an output exists and `overwrite` is not set, or nothing can be written there.
     """
     out, drawing = Path(config.out), Drawing(config, predictor)
     paths: dict[str, list[Path]] = {}
@@ -511,6 +512,12 @@ def open_writers(config: Config, source: Source, predictor: Predictor) -> list[W
     existing = [path for kind in config.write for path in paths[kind] if path.exists()]
     if existing and not config.overwrite:
         raise ConfigurationError(f"{existing[0]}: exists already; give overwrite=true, or another out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigurationError(f"out: can't write to {out} ({error.strerror}); name another folder") from error
     for path in existing:
         if path.is_dir():
             shutil.rmtree(path)  # masks of a clip
@@ -565,7 +572,7 @@ class PictureWriter:
         ordered = picture if picture.ndim == 2 else cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         path = self.folder / f"{name}{self.suffix}.png"
         aside = path.with_name(f"{path.name}.tmp")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         aside.write_bytes(cv2.imencode(".png", ordered)[1].tobytes())
         os.replace(aside, path)
 
@@ -587,7 +594,6 @@ class VideoWriter:
     def add(self, name: str, picture: np.ndarray) -> None:
         height, width = picture.shape[:2]
         if self.writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.size = (height, width)
             code = cv2.VideoWriter.fourcc(*"mp4v")
             self.writer = cv2.VideoWriter(

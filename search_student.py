@@ -251,7 +251,8 @@ def main(config: Config) -> None:
         clear_away(Path(config.run_dir))
         raise
     if not config.worker:
-        report(config, parts)
+        with locked(Path(config.run_dir) / "study.lock"):  # others who joined it come to the same end
+            report(config, parts)
 
 
 def clear_away(folder: Path) -> None:

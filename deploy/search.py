@@ -371,8 +371,10 @@ def next_trial(
             for trial in study.get_trials(deepcopy=False):
                 lock = try_lock(lock_of(folder, trial.number)) if trial.state.name == "RUNNING" else None
                 if lock is not None:
-                    study.tell(trial.number, state=failed)
-                    study.enqueue_trial(trial.params)
+                    # It may have ended between the list and the lock; who holds the lock sees its last state.
+                    if study.get_trials(deepcopy=False)[trial.number].state.name == "RUNNING":
+                        study.tell(trial.number, state=failed)
+                        study.enqueue_trial(trial.params)
                     lock.close()
             known = study.get_trials(deepcopy=False)
             if sum(map(counts, known)) < total:
