@@ -437,14 +437,25 @@ class Work:
     ) -> tuple[SegmentationModel, dict[str, Any]]:
         """`model` pruned to a share of the latency of `whole`, and the report.
 
-        The search goes over the share of FLOPs, by ever smaller steps as the last measurement says. Every model
-        that it tries is timed in turn with `whole`, and one that is near enough once more, which is what is reported.
+        The search goes over the share of FLOPs. Every model that it tries is timed in turn with `whole`; its
+        latency is the median over the turns of the ratio of the two. What is reported is measured anew at the end.
+        As in profile_latency.py a turn begins with a pass that is not counted: it meets cold caches, by which a
+        small model would look a tenth slower.
         """
         config, parent = self.config, ready(self.whole)
 
-        order, turns = self.order(model), config.measurements
+        def compare(candidate: Callable[[], Any], rounds: int) -> tuple[list[float], dict[str, list[float]]]:
+            times = {"whole": [turn(parent)], "pruned": [turn(candidate)]}
+            for _ in range(rounds):
+                times["whole"].append(turn(parent))
+                times["pruned"].append(turn(candidate))
+            times = {name: one[1:] for name, one in times.items()}  # without the warm-up
+            return [one / other for one, other in zip(times["pruned"], times["whole"], strict=True)], times
+
+        order, rounds = self.order(model), config.measurements
         smallest = take_out(model, order)
-        whole_ms, least = time_in_turn(parent, ready(smallest), turns)
+        ratios, times = compare(ready(smallest), rounds)
+        whole_ms = statistics.median(times["whole"])
         wanted = config.share if config.milliseconds is None else config.milliseconds / whole_ms
         if wanted >= 1:
             raise ConfigurationError(
@@ -452,65 +463,54 @@ class Work:
                 "give less"
             )
         wanted **= fraction
-        low = self.share("flops", layer_shapes(smallest)), least
+        low = self.share("flops", layer_shapes(smallest)), statistics.median(ratios)
         if low[1] > wanted * (1 + NEAR_LATENCY):
             raise ConfigurationError(
                 f"prune.share: {wanted:.3g} of the latency is out of reach, {low[1]:.3g} is what "
                 f"prune.min_channels={config.min_channels:g}{self.rounding(', ')} leaves; raise it, or lower "
                 "prune.min_channels"
             )
-        high = self.share("flops", layer_shapes(model)), time_in_turn(parent, ready(model), turns)[1]
-        slope = max(high[1] - low[1], 1e-3) / max(high[0] - low[0], 1e-3)
-        flops = low[0] + (wanted - low[1]) / slope
+        high = self.share("flops", layer_shapes(model)), statistics.median(compare(ready(model), rounds)[0])
         best, error = smallest, abs(low[1] / wanted - 1)
         with tqdm(total=ATTEMPTS, desc="prune to a latency", leave=False, dynamic_ncols=True) as bar:
             for attempt in range(ATTEMPTS):
-                flops = min(max(flops, low[0] * (1 + NEAR)), high[0] * (1 - NEAR))
+                part = 0.5 if attempt % 3 == 2 else (wanted - low[1]) / max(high[1] - low[1], 1e-9)
+                flops = low[0] + min(max(part, 0.1), 0.9) * (high[0] - low[0])
                 candidate, _ = self.meet(model, "flops", flops, order)
                 run = ready(candidate)
-                _, ratio = time_in_turn(parent, run, turns)
-                near = abs(ratio / wanted - 1) < NEAR_LATENCY
-                if near:  # measured anew, and for longer
-                    whole_ms, ratio = time_in_turn(parent, run, 3 * turns)
+                ratios, _ = compare(run, rounds)
+                if abs(statistics.median(ratios) / wanted - 1) < NEAR_LATENCY:  # look closer
+                    ratios += compare(run, 2 * rounds)[0]
+                ratio = statistics.median(ratios)
                 bar.set_postfix_str(f"{flops:.0%} of the FLOPs: {ratio:.0%} of the latency")
                 bar.update()
                 if abs(ratio / wanted - 1) < error:
                     best, error = candidate, abs(ratio / wanted - 1)
-                if near and abs(ratio / wanted - 1) < NEAR_LATENCY / 2:
+                if error < NEAR_LATENCY / 2:
                     break
-                flops += (wanted - ratio) / slope / (1 + attempt / 4)  # no bisection: times are noisy, and jump
-            else:
-                whole_ms, ratio = time_in_turn(parent, ready(best), 3 * turns)
-        off = ratio / wanted - 1
-        return best, self.report(best, "latency", wanted, ratio) | {
+                low, high = ((flops, ratio), high) if ratio < wanted else (low, (flops, ratio))
+        ratios, times = compare(ready(best), 2 * rounds)
+        reached = statistics.median(ratios)
+        missed = abs(reached / wanted - 1) > NEAR_LATENCY
+        whole_ms = statistics.median(times["whole"])
+        return best, self.report(best, "latency", wanted, reached) | {
             "backend": config.backend,
             "whole_ms": whole_ms,
             "wanted_ms": wanted * whole_ms,
-            "reached_ms": ratio * whole_ms,
-            "note": f"the nearest of {attempt + 2} models, {off:+.1%} off" if abs(off) > NEAR_LATENCY else "",
+            "reached_ms": statistics.median(times["pruned"]),
+            "note": f"the nearest of {attempt + 2} models, {reached / wanted - 1:+.1%} off" if missed else "",
         }
 
 
-def time_in_turn(first: Callable[[], Any], second: Callable[[], Any], turns: int) -> tuple[float, float]:
-    """Milliseconds of a forward pass of the first, and the ratio of the second's to it: medians over the turns.
-
-    Of the passes of a turn the fastest counts, since what else a machine does only adds to it. As in
-    profile_latency.py the first pass of a turn does not: it meets cold caches, by which a small model would look a
-    tenth slower.
-    """
-    rows = []
-    for _ in range(turns + 1):
-        row = []
-        for run in (first, second):
-            times = []
-            for _ in range(PASSES + 1):
-                start = time.perf_counter()
-                run()
-                times.append(1000 * (time.perf_counter() - start))
-            row.append(min(times[1:]))
-        rows.append(row)
-    rows = rows[1:]  # without the warm-up
-    return statistics.median(one for one, _ in rows), statistics.median(other / one for one, other in rows)
+def turn(run: Callable[[], Any]) -> float:
+    """Milliseconds of a forward pass: the median of those that follow the first."""
+    run()
+    times = []
+    for _ in range(PASSES):
+        start = time.perf_counter()
+        run()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def eager_passes(size: Sequence[int]) -> Ready:
